@@ -1,0 +1,728 @@
+"""POCO (arXiv 2604.01860): off-policy fine-tuning of a flow policy over action chunks as posterior inference, in one file.
+
+    python poco.py --env-id FetchPickAndPlace-v4                   clone scripted demonstrations, then improve online
+    python poco.py --env-id FetchPickAndPlace-v4 --best-of-n 4     act with the critics' favourite of four candidates
+    python poco.py --evaluate runs/.../policy.pt --render          watch the result
+
+Letters in shapes: B batch, O observation, A action, T chunk_size, D = T * A, K flow_steps, N candidates, M critics, E environments.
+"""
+
+import copy
+import csv
+import difflib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import gymnasium_robotics
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+METHOD = "poco"
+gym.register_envs(gymnasium_robotics)
+
+
+@dataclass
+class Args:
+    # run
+    seed: int = 1
+    """seed of everything random: networks, demonstrations, noise, episodes"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one"""
+    torch_threads: int | None = None
+    """CPU threads of torch (default: torch's own choice)"""
+    log_interval: int = 500
+    """environment steps between two rows of metrics.csv"""
+
+    # task and data
+    env_id: str | None = None
+    """Gymnasium id of an environment with a bounded Box action space (default: FetchPickAndPlace-v4; with --evaluate: the file's)"""
+    dataset: Literal["scripted", "none"] = "scripted"
+    """scripted: demonstrations of a built-in controller; none: empty buffer and no behaviour cloning"""
+    num_demos: int = 100
+    """demonstration episodes"""
+    demo_noise: float = 0.4
+    """standard deviation of the Gaussian noise on the demonstrator's actions, which lie in [-1, 1]"""
+
+    # networks
+    hidden_dim: int = 256
+    """width of the three hidden layers of policy and critics"""
+    chunk_size: int = 5
+    """T, actions in one chunk, executed open loop"""
+    flow_steps: int = 5
+    """K, Euler steps from noise to chunk"""
+    num_critics: int = 2
+    """M, members of the critic ensemble"""
+
+    # offline phase
+    bc_steps: int = 700
+    """gradient steps of behaviour cloning"""
+    batch_size: int = 256
+    """chunks in a batch, offline and online"""
+    learning_rate: float = 1e-3
+    """step size of Adam, for policy and critics"""
+
+    # online phase
+    total_timesteps: int = 20_000
+    """online environment steps"""
+    num_envs: int = 4
+    """environments stepped side by side"""
+    buffer_size: int = 1_000_000
+    """capacity of the replay buffer in environment steps"""
+    critic_warmup_steps: int = 2_000
+    """environment steps at the start in which the critics learn and the policy stays the clone"""
+    utd_ratio: float = 0.5
+    """gradient updates per environment step"""
+    gamma: float = 0.98
+    """discount per environment step"""
+    tau: float = 0.005
+    """Polyak rate of the target critics"""
+    q_aggregation: Literal["mean", "min"] = "mean"
+    """how the critics' values become one"""
+    best_of_n: int = 1
+    """act with the best of n candidates by the target critics; 1 is the paper's rule"""
+
+    # POCO
+    num_candidates: int = 16
+    """N, chunks per state in the E-step"""
+    posterior_batch_size: int = 32
+    """states of the batch that get an E-step"""
+    temperature: float = 0.2
+    """eta, in units of Q"""
+    posterior_coef: float = 1.0
+    """beta, weight of the posterior term"""
+    clip_threshold: float = 0.6
+    """zeta, a candidate whose flow-matching loss lies above gives no gradient"""
+
+    # evaluation
+    eval_interval: int = 2_500
+    """environment steps between two evaluations"""
+    eval_episodes: int = 50
+    """episodes of an evaluation on the way; that of the clone, the last one and --evaluate have 100"""
+    evaluate: Path | None = None
+    """evaluate this policy file instead of training"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
+
+
+class UserError(Exception):
+    """A mistake at the keyboard, in one sentence: what is wrong and what was expected."""
+
+
+def check_args(args: Args) -> None:
+    """Raises: UserError for a value that no run can work with."""
+    lowest = {"seed": 0, "demo_noise": 0, "critic_warmup_steps": 0, "utd_ratio": 0, "posterior_coef": 0}  # of the others: 1
+    fraction = {"gamma": 1, "tau": 1, "temperature": math.inf, "clip_threshold": math.inf, "learning_rate": math.inf}  # above 0, at most
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in fraction and not 0 < value <= fraction[name]:
+            raise UserError(f"{option} must be above 0" + " and at most 1" * (fraction[name] == 1) + f", not {value}.")
+        if type(value) in (int, float) and name not in fraction and not lowest.get(name, 1) <= value < math.inf:
+            hint = "; to start without data, type --dataset none" * (name == "num_demos")
+            raise UserError(f"{option} must be at least {lowest.get(name, 1)}, not {value}{hint}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; type --device cpu or --device auto.")
+
+
+# Environment and demonstrations
+class Trajectory(NamedTuple):
+    """One episode of n steps: the form in which all data reach the replay buffer."""
+
+    obs: np.ndarray  # (n + 1, O), the last one is where the episode ended
+    actions: np.ndarray  # (n, A) in [-1, 1]
+    rewards: np.ndarray  # (n,)
+    terminated: bool  # False: cut off by the time limit
+    success: float  # is_success at the last step, NaN if the environment does not report it
+    seed: int  # of the reset that began it
+
+
+def make_env(env_id: str, chunk_size: int, render_mode: str | None = None) -> gym.Env:
+    """Makes an environment with flat observations (O,) and flat actions (A,) in [-1, 1], whatever its own Box is.
+
+    Raises: UserError if it does not exist, cannot be made, has other actions, or its episodes are shorter than a chunk.
+    """
+    if env_id not in gym.registry:
+        near = difflib.get_close_matches(env_id, gym.registry)
+        raise UserError(f"There is no environment {env_id}." + f" Did you mean {' or '.join(near)}?" * bool(near))
+    try:
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
+    except (gym.error.Error, ImportError) as error:
+        raise UserError(f"{env_id} could not be made: {error}") from error
+    space, limit = env.action_space, env.spec.max_episode_steps
+    if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+        raise UserError(f"{env_id} has the action space {space}; needed is a bounded Box of real numbers.")
+    if limit is not None and chunk_size > limit:
+        raise UserError(f"--chunk-size {chunk_size} is longer than an episode of {env_id}, which has {limit} steps.")
+
+    def to_own_range(action):
+        low, high = space.low.flatten(), space.high.flatten()
+        return (low + (action + 1) / 2 * (high - low)).reshape(space.shape).astype(space.dtype)
+
+    unit_box = gym.spaces.Box(-1, 1, (math.prod(space.shape),))
+    return gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), to_own_range, unit_box)
+
+
+def rollout(make: Callable, num_envs: int, act: Callable, chunk_size: int, seeds: Iterator[int]) -> Iterator[list[Trajectory]]:
+    """Steps num_envs environments for ever, chunks open loop, and yields after each step the episodes that ended in it.
+
+    Args: make() gives an environment; act maps obs (E, O) to chunks (E, D); every reset takes the next seed.
+    Raises: FloatingPointError if an observation or a reward is not finite.
+    """
+    # with autoreset off every step is a real one: no action is ignored, no reset looks like a transition
+    envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    episode_seeds = [next(seeds) for _ in range(num_envs)]
+    obs, _ = envs.reset(seed=episode_seeds)
+    chunks = np.zeros((num_envs, chunk_size, envs.single_action_space.shape[0]), np.float32)
+    cursor = np.zeros(num_envs, int)  # next action of the chunk
+    steps = [[] for _ in range(num_envs)]  # (obs, action, reward) of the unfinished episode
+    while True:
+        fresh = cursor == 0
+        if fresh.any():
+            chunks[fresh] = act(obs[fresh]).reshape(-1, *chunks.shape[1:])
+        actions = chunks[np.arange(num_envs), cursor]
+        next_obs, rewards, terminated, truncated, infos = envs.step(actions)
+        for name, values in (("observation", next_obs), ("reward", rewards)):
+            if not np.isfinite(values).all():
+                raise FloatingPointError(f"the environment's {name} became NaN or infinite")
+        for i in range(num_envs):
+            steps[i].append((obs[i], actions[i], rewards[i]))
+        done, finished = terminated | truncated, []
+        for i in np.flatnonzero(done):
+            episode_obs, *rest = map(np.array, zip(*steps[i], strict=True))
+            success = float(infos["is_success"][i]) if "is_success" in infos else math.nan
+            finished.append(Trajectory(np.vstack([episode_obs, next_obs[i]]), *rest, bool(terminated[i]), success, episode_seeds[i]))
+            steps[i], episode_seeds[i] = [], next(seeds)
+        if finished:
+            next_obs, _ = envs.reset(seed=episode_seeds, options={"reset_mask": done})
+        obs, cursor = next_obs, np.where(done, 0, (cursor + 1) % chunk_size)
+        yield finished
+
+
+def collect_episodes(args: Args, act: Callable, chunk_size: int, seeds: range, render_mode: str | None = None) -> list[Trajectory]:
+    """Runs one episode for each seed. Returns: the episodes in the order of the seeds, so long ones count as often as short ones."""
+    num_envs = 1 if render_mode else min(args.num_envs, len(seeds))
+    make, episodes = partial(make_env, args.env_id, args.chunk_size, render_mode), {}
+    with tqdm(total=len(seeds), unit="episode", leave=False) as bar:
+        for finished in rollout(make, num_envs, act, chunk_size, itertools.count(seeds.start)):
+            episodes |= {episode.seed: episode for episode in finished if episode.seed in seeds}
+            bar.update(len(episodes) - bar.n)
+            if len(episodes) == len(seeds):
+                return [episodes[seed] for seed in seeds]
+
+
+def go(delta, gripper=-1.0):
+    """Action of a proportional step along delta (metres); gripper 1 opens it, -1 closes it."""
+    return np.clip([*(15 * delta), gripper], -1, 1)  # an action of 1 moves about 3.3 cm
+
+
+def fetch_reach(obs):
+    """Moves the gripper to the goal."""
+    return go(obs[3:6] - obs[6:9])
+
+
+def fetch_push(obs):
+    """Circles around the object until behind it, pushes it along the line to the goal, backs off."""
+    to_goal, rel = obs[3:6] - obs[9:12], -obs[12:15]  # from the object to the goal, to the gripper
+    angle, behind = np.arctan2(rel[1], rel[0]), np.arctan2(-to_goal[1], -to_goal[0])
+    turn = (behind - angle + np.pi) % (2 * np.pi) - np.pi
+    if abs(turn) < 0.4 and np.linalg.norm(to_goal) > 0.03:
+        onto_line = (rel @ to_goal) / (to_goal @ to_goal) * to_goal - rel
+        return go(onto_line + 0.7 * to_goal)
+    angle += np.clip(turn, -0.8, 0.8)
+    return go(0.09 * np.array([np.cos(angle), np.sin(angle), 0]) - rel)  # 9 cm clear the object
+
+
+def fetch_pick_and_place(obs):
+    """Hovers over the object, descends, grasps it, carries it to the goal."""
+    to_goal, rel, width = obs[3:6] - obs[9:12], obs[12:15], obs[15] + obs[16]  # rel: from the gripper to the object
+    if np.linalg.norm(rel) < 0.04:  # between the fingers: close them, and once they hold it, carry
+        return go(to_goal if width < 0.055 else rel, -1)
+    hover = np.clip(4 * np.linalg.norm(rel[:2]) - 0.04, 0, 0.08)  # descend only when above it
+    return go(rel + [0, 0, hover], 1)
+
+
+SCRIPTED = {"FetchReach": fetch_reach, "FetchPush": fetch_push, "FetchPickAndPlace": fetch_pick_and_place}
+
+
+def make_demonstrations(args: Args) -> list[Trajectory]:
+    """Runs the scripted controller with Gaussian noise on its actions.
+
+    Returns: args.num_demos episodes, failures included. Raises: UserError if the environment has no built-in demonstrator.
+    """
+    controller, rng = SCRIPTED.get(args.env_id.split("-")[0]), np.random.default_rng(args.seed)
+    if controller is None:
+        raise UserError(
+            f"{args.env_id} has no built-in demonstrator ({', '.join(SCRIPTED)} have); to start without data, type --dataset none."
+        )
+
+    def act(obs):
+        actions = np.array([controller(o) for o in obs])
+        return np.clip(actions + args.demo_noise * rng.standard_normal(actions.shape), -1, 1)
+
+    first_seed = (2 * args.seed + 1) * 10**6
+    return collect_episodes(args, act, 1, range(first_seed, first_seed + args.num_demos))
+
+
+# Replay buffer
+class Batch(NamedTuple):
+    """Windows of T steps, each within one episode."""
+
+    obs: Tensor  # (B, O)
+    chunk: Tensor  # (B, D), zero where not valid
+    reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
+    next_obs: Tensor  # (B, O) after the last valid step
+    terminated: Tensor  # (B,) 1 if that step terminated the episode
+    valid: Tensor  # (B, T) 1 up to the end of the episode, 0 after it
+
+
+class ReplayBuffer:
+    """A ring of environment steps. Each knows how many steps its episode still has, so no window leaves its episode."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, chunk_size: int, gamma: float, device: torch.device | str = "cpu"):
+        self.capacity, self.chunk_size, self.gamma, self.device = capacity, chunk_size, gamma, device
+        self.obs, self.next_obs = torch.zeros(2, capacity, obs_dim, device=device)
+        self.actions = torch.zeros(capacity, action_dim, device=device)
+        self.rewards, self.terminated = torch.zeros(2, capacity, device=device)
+        self.steps_left = torch.zeros(capacity, dtype=torch.long, device=device)  # in the episode, this one included
+        self.position, self.size = 0, 0
+
+    def add_episode(self, episode: Trajectory) -> None:
+        """Writes an episode over the oldest steps; of one longer than the buffer the end is kept."""
+        n, kept = len(episode.actions), min(len(episode.actions), self.capacity)
+        rows = (self.position + torch.arange(n, device=self.device))[-kept:] % self.capacity
+        left = np.arange(n, 0, -1)
+        columns = (
+            (self.obs, episode.obs[:-1]),
+            (self.next_obs, episode.obs[1:]),
+            (self.actions, episode.actions),
+            (self.rewards, episode.rewards),
+            (self.terminated, (left == 1) * episode.terminated),
+            (self.steps_left, left),
+        )
+        for column, values in columns:
+            column[rows] = torch.as_tensor(values[-kept:], dtype=column.dtype, device=self.device)
+        self.position, self.size = (self.position + n) % self.capacity, min(self.size + n, self.capacity)
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draws windows whose first steps are uniform over the buffer."""
+        start = torch.randint(self.size, (batch_size,), device=self.device)
+        step = torch.arange(self.chunk_size, device=self.device)
+        valid = (step < self.steps_left[start, None]).float()  # (B, T)
+        rows = (start[:, None] + step) % self.capacity
+        last = (start + valid.sum(1).long() - 1) % self.capacity
+        chunk = (self.actions[rows] * valid[..., None]).flatten(1)
+        reward = (self.rewards[rows] * valid * self.gamma**step).sum(1)
+        return Batch(self.obs[start], chunk, reward, self.next_obs[last], self.terminated[last], valid)
+
+
+# Flow policy
+class Normalizer(nn.Module):
+    """Shifts and scales observations by statistics that travel in the state dict."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def fit(self, obs: Tensor) -> None:
+        """Takes the statistics of obs (n, O); a feature that is constant there is only shifted."""
+        std, mean = torch.std_mean(obs, dim=0, correction=0)
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std < 1e-4, 1.0, std))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) / self.std).clamp(-10, 10)
+
+
+class FlowPolicy(nn.Module):
+    """Flow matching over action chunks along straight lines from noise (t = 0) to chunk (t = 1)."""
+
+    def __init__(self, obs_dim: int, chunk_dim: int, hidden_dim: int = 256, flow_steps: int = 5):
+        super().__init__()
+        self.chunk_dim, self.flow_steps = chunk_dim, flow_steps
+        self.normalize = Normalizer(obs_dim)
+        widths = [obs_dim + chunk_dim + 1] + [hidden_dim] * 3
+        hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.SiLU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(hidden_dim, chunk_dim))
+
+    def velocity(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity v(x, t, s) of the flow. Args: obs (B, O), x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
+        return self.net(torch.cat([self.normalize(obs), x, t], dim=1))
+
+    def bc_loss(self, obs: Tensor, chunk: Tensor, valid: Tensor | None, noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
+        """Flow-matching loss L_BC: squared error of the velocity, averaged over the valid entries of each chunk.
+
+        Args: obs (B, O); chunk (B, D) in [-1, 1]; valid (B, T), None for all; noise x_0 (B, D) and time (B, 1), drawn if None.
+        Returns: (B,).
+        """
+        x_0 = torch.randn_like(chunk) if noise is None else noise
+        t = torch.rand_like(chunk[:, :1]) if time is None else time
+        x_t = (1 - t) * x_0 + t * chunk
+        error = (self.velocity(obs, x_t, t) - (chunk - x_0)) ** 2  # (B, D)
+        if valid is None:
+            return error.mean(1)
+        mask = valid.repeat_interleave(chunk.shape[1] // valid.shape[1], dim=1)  # (B, D)
+        return (error * mask).sum(1) / mask.sum(1)
+
+    def sample(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Follows the flow in K Euler steps. Args: obs (B, O); noise x_0 (B, D), drawn if None. Returns: chunks (B, D) in [-1, 1]."""
+        x = torch.randn(len(obs), self.chunk_dim, device=obs.device) if noise is None else noise
+        for k in range(self.flow_steps):
+            t = torch.full_like(x[:, :1], k / self.flow_steps)
+            x = x + self.velocity(obs, x, t) / self.flow_steps
+        return x.clamp(-1, 1)
+
+
+# Critic
+class EnsembleLinear(nn.Module):
+    """M linear layers in one batched product, initialised as nn.Linear is."""
+
+    def __init__(self, num_critics: int, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_critics, in_dim, out_dim).uniform_(-(in_dim**-0.5), in_dim**-0.5))
+        self.bias = nn.Parameter(torch.empty(num_critics, 1, out_dim).uniform_(-(in_dim**-0.5), in_dim**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)  # (M, B, in) -> (M, B, out)
+
+
+class CriticEnsemble(nn.Module):
+    """M independent chunk values Q(s, chunk), MLPs with LayerNorm in the hidden layers."""
+
+    def __init__(self, obs_dim: int, chunk_dim: int, num_critics: int, hidden_dim: int = 256):
+        super().__init__()
+        self.num_critics = num_critics
+        self.normalize = Normalizer(obs_dim)
+        layers = []
+        for i, o in itertools.pairwise([obs_dim + chunk_dim] + [hidden_dim] * 3):
+            layers += [EnsembleLinear(num_critics, i, o), nn.LayerNorm(o, elementwise_affine=False), nn.SiLU()]
+        self.net = nn.Sequential(*layers, EnsembleLinear(num_critics, hidden_dim, 1))
+
+    def forward(self, obs: Tensor, chunk: Tensor) -> Tensor:
+        """Args: obs (B, O), chunk (B, D). Returns: Q (M, B)."""
+        x = torch.cat([self.normalize(obs), chunk], dim=1)
+        return self.net(x.expand(self.num_critics, -1, -1)).squeeze(2)
+
+
+# The algorithm
+def aggregate(q: Tensor, how: str) -> Tensor:
+    """One value from the ensemble's. Args: q (M, ...); how, "mean" or "min". Returns: (...)."""
+    return q.mean(0) if how == "mean" else q.amin(0)
+
+
+def td_target(reward: Tensor, next_q: Tensor, terminated: Tensor, gamma: float, chunk_size: int) -> Tensor:
+    """T-step target y = sum_i gamma^i r_{t+i} + gamma^T (1 - terminated) Q(s_{t+T}, chunk'), chunk' from the policy.
+
+    Args: reward (B,), the discounted sum; next_q (B,), aggregated target value; terminated (B,), 0 for a time limit. Returns: (B,).
+    """
+    return reward + gamma**chunk_size * (1 - terminated) * next_q
+
+
+def critic_loss(q: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Squared TD error over whole windows, since a padded one was never executed. Args: q (M, B), target (B,), valid (B, T)."""
+    whole = valid[:, -1]
+    return ((q - target) ** 2 * whole).sum() / (len(q) * whole.sum().clamp(min=1))
+
+
+def posterior_weights(q: Tensor, temperature: float) -> Tensor:
+    """Implicit E-step: w_j = softmax_j(Q_j / eta). Args: q (B, N); temperature eta, in units of Q. Returns: (B, N), rows sum to 1."""
+    return torch.softmax((q - q.amax(1, keepdim=True)) / temperature, dim=1)  # minus the maximum: Q / eta may be huge
+
+
+def poco_loss(candidate_losses: Tensor, weights: Tensor, bc_losses: Tensor, posterior_coef: float, clip_threshold: float) -> Tensor:
+    """Clipped M-step (equation 23): mean_s [beta sum_j w_j min(L_BC(chunk_j, s), zeta)] + mean_s L_BC(chunk_buffer, s).
+
+    Args: candidate_losses (B, N); weights (B, N); bc_losses (B',); beta and zeta. A candidate beyond zeta gives no gradient.
+    Returns: a scalar.
+    """
+    posterior = (weights * candidate_losses.clamp(max=clip_threshold)).sum(1).mean()
+    return posterior_coef * posterior + bc_losses.mean()
+
+
+def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, name: str) -> None:
+    """Raises: FloatingPointError, before any weight has changed, if the loss is not finite."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the {name} loss became NaN or infinite")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One TD step on chunks, then a Polyak step of the targets. Returns: metrics."""
+    with torch.no_grad():
+        next_q = aggregate(target_critic(batch.next_obs, policy.sample(batch.next_obs)), args.q_aggregation)
+        target = td_target(batch.reward, next_q, batch.terminated, args.gamma, args.chunk_size)
+    q = critic(batch.obs, batch.chunk)  # (M, B)
+    loss = critic_loss(q, target, batch.valid)
+    gradient_step(optimizer, loss, "critic")
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
+    return {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean()}
+
+
+def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One POCO step: draw N candidates per state, weigh them by value, regress on them and on the buffer. Returns: metrics."""
+    n = args.num_candidates
+    obs = batch.obs[: args.posterior_batch_size].repeat_interleave(n, dim=0)  # (B * N, O)
+    with torch.no_grad():
+        candidates = policy.sample(obs)
+        q = aggregate(target_critic(obs, candidates), args.q_aggregation).view(-1, n)
+        weights = posterior_weights(q, args.temperature)
+    candidate_losses = policy.bc_loss(obs, candidates, None).view(-1, n)
+    bc_losses = policy.bc_loss(batch.obs, batch.chunk, batch.valid)
+    loss = poco_loss(candidate_losses, weights, bc_losses, args.posterior_coef, args.clip_threshold)
+    gradient_step(optimizer, loss, "policy")
+    return {
+        "losses/actor_loss": loss.detach(),
+        "losses/bc_loss": bc_losses.detach().mean(),
+        "losses/candidate_loss": candidate_losses.detach().mean(),
+        "losses/effective_samples": (1 / weights.square().sum(1)).mean(),  # 1 .. N
+        "losses/clip_fraction": (candidate_losses > args.clip_threshold).float().mean(),
+        "losses/candidate_q_std": q.std(1, correction=0).mean(),
+    }
+
+
+# Evaluation
+@torch.no_grad()
+def choose_chunks(policy, critic, best_of_n: int, generator: torch.Generator, obs: np.ndarray) -> np.ndarray:
+    """Samples n chunks for each observation (E, O) and takes the best by the critics. Returns: (E, D)."""
+    device = policy.normalize.mean.device
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=device).repeat_interleave(best_of_n, dim=0)
+    noise = torch.randn(len(obs), policy.chunk_dim, generator=generator).to(device)  # the same on every device
+    chunks = policy.sample(obs, noise)
+    best = critic(obs, chunks).mean(0).view(-1, best_of_n).argmax(1, keepdim=True)  # (E, 1)
+    return chunks.view(len(best), best_of_n, -1).take_along_dim(best[..., None], dim=1).squeeze(1).cpu().numpy()
+
+
+def evaluate(policy, critic, args: Args, num_episodes: int, render_mode: str | None = None) -> dict[str, float]:
+    """Runs the policy on episodes with the seeds 0, 1, ..., the same for all runs. Returns: success and return, means over the episodes."""
+    act = partial(choose_chunks, policy, critic, args.best_of_n, torch.Generator().manual_seed(0))
+    episodes = collect_episodes(args, act, args.chunk_size, range(num_episodes), render_mode)
+    success = [episode.success for episode in episodes]
+    mean_return = float(np.mean([episode.rewards.sum() for episode in episodes]))
+    return {"success": float(np.mean(success)), "successes": sum(success), "episodes": num_episodes, "return": mean_return}
+
+
+def result_line(result: dict[str, float]) -> str:
+    if math.isnan(result["success"]):
+        return f"mean return {result['return']:.1f} (the environment reports no is_success)"
+    return f"success {result['success']:.2f} ({result['successes']:.0f}/{result['episodes']}), mean return {result['return']:.1f}"
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95 % confidence interval of a success rate."""
+    z, p = 1.959964, successes / n
+    centre, half_width = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (centre - half_width) / (1 + z**2 / n), (centre + half_width) / (1 + z**2 / n)
+
+
+# Checkpoint
+def make_networks(args: Args, device: torch.device) -> tuple[FlowPolicy, CriticEnsemble]:
+    """Policy and critics of the sizes that the environment and the arguments ask for."""
+    env = make_env(args.env_id, args.chunk_size)
+    (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    env.close()
+    policy = FlowPolicy(obs_dim, args.chunk_size * action_dim, args.hidden_dim, args.flow_steps)
+    critic = CriticEnsemble(obs_dim, args.chunk_size * action_dim, args.num_critics, args.hidden_dim)
+    return policy.to(device), critic.to(device)
+
+
+def save_policy(path: Path, policy: nn.Module, critic: nn.Module, args: Args) -> None:
+    """Writes weights, observation statistics and arguments; an older file stays until the new one is whole."""
+    content = {"method": METHOD, "args": asdict(args), "policy": policy.state_dict(), "critic": critic.state_dict()}
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_policy(path: Path, device: torch.device) -> tuple[Args, FlowPolicy, CriticEnsemble]:
+    """Returns: a run's arguments, policy and critics. Raises: UserError if the file is not a whole policy file of this script."""
+    if not path.is_file():
+        raise UserError(f"There is no policy file {path}.")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)  # never unpickles arbitrary objects
+        method, args = content["method"], Args(**content["args"])
+        check_args(args)
+    except Exception as error:  # a damaged file can make torch raise anything
+        raise UserError(f"{path} is damaged or not a policy file ({type(error).__name__}).") from error
+    if method != METHOD:
+        raise UserError(f"{path} was written by {method}.py and not by {METHOD}.py.")
+    policy, critic = make_networks(args, device)
+    try:
+        policy.load_state_dict(content["policy"])
+        critic.load_state_dict(content["critic"])
+    except Exception as error:
+        raise UserError(f"{path} does not fit {args.env_id}: its weights have other names or shapes.") from error
+    return args, policy, critic
+
+
+def evaluate_file(args: Args, device: torch.device) -> dict[str, float]:
+    """What --evaluate does. Returns: the result, which is also printed."""
+    saved, policy, critic = load_policy(args.evaluate, device)
+    if args.env_id not in (None, saved.env_id):
+        raise UserError(f"{args.evaluate} is a policy for {saved.env_id} and not for {args.env_id}.")
+    result = evaluate(policy, critic, saved, FINAL_EPISODES, "human" if args.render else None)
+    print(f"{saved.env_id}: {result_line(result)}")
+    return result
+
+
+# Training
+
+FINAL_EPISODES = 100
+COLUMNS = (
+    "global_step", "eval/success", "eval/return", "charts/success", "charts/episodic_return", "charts/buffer_size", "losses/qf_loss",
+    "losses/qf_values", "losses/actor_loss", "losses/bc_loss", "losses/candidate_loss", "losses/effective_samples", "losses/clip_fraction",
+    "losses/candidate_q_std",
+)  # fmt: skip
+
+
+class RunLog:
+    """The folder of a run: args.json, metrics.csv with the means since the row before, policy files, summary.json."""
+
+    def __init__(self, args: Args):
+        self.dir = Path("runs") / f"{args.env_id}__{METHOD}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            self.dir.mkdir(parents=True)
+            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+        except OSError as error:
+            raise UserError(f"The folder {self.dir} cannot be made: {error.strerror}.") from error
+        self.file = open(self.dir / "metrics.csv", "w", newline="", buffering=1)
+        self.writer = csv.DictWriter(self.file, COLUMNS)
+        self.writer.writeheader()
+        self.values = defaultdict(list)
+
+    def record(self, values: dict[str, float | Tensor]) -> None:
+        for name, value in values.items():
+            self.values[name].append(value)
+
+    def write_row(self, step: int) -> dict[str, float]:
+        means = {name: float(np.mean([float(value) for value in values])) for name, values in self.values.items()}
+        self.writer.writerow({"global_step": step} | means)
+        self.values.clear()
+        return means
+
+
+def main(args: Args) -> dict:
+    """Trains, or evaluates a file. Returns: the numbers of the summary. Raises: UserError, and after saving KeyboardInterrupt and
+    FloatingPointError."""
+    check_args(args)
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.evaluate:
+        return evaluate_file(args, device)
+    args.env_id = args.env_id or "FetchPickAndPlace-v4"
+    torch.manual_seed(args.seed)
+    policy, critic = make_networks(args, device)
+    target_critic = copy.deepcopy(critic)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
+    obs_dim, action_dim = len(policy.normalize.mean), policy.chunk_dim // args.chunk_size
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, args.chunk_size, args.gamma, device)
+    demos = make_demonstrations(args) if args.dataset == "scripted" else []
+
+    log, start, step, summary = RunLog(args), time.time(), 0, {"best_success": -1.0, "best_return": -math.inf}
+
+    def evaluate_and_save(num_episodes):
+        result = evaluate(policy, target_critic, args, num_episodes)
+        tqdm.write(f"step {step:>7}: {result_line(result)}")
+        log.record({"eval/success": result["success"], "eval/return": result["return"]})
+        save_policy(log.dir / "policy.pt", policy, target_critic, args)
+        if (np.nan_to_num(result["success"]), result["return"]) >= (np.nan_to_num(summary["best_success"]), summary["best_return"]):
+            summary.update(best_success=result["success"], best_return=result["return"], best_step=step)
+            save_policy(log.dir / "policy_best.pt", policy, target_critic, args)
+        return result
+
+    def fit_normalizers():
+        for network in (policy, critic, target_critic):
+            network.normalize.fit(buffer.obs[: buffer.size])
+
+    interruption = result = None
+    try:
+        # offline: clone the demonstrations
+        if demos:
+            print(f"demonstrations: {len(demos)} episodes, success {np.mean([episode.success for episode in demos]):.2f}")
+            for episode in demos:
+                buffer.add_episode(episode)
+            fit_normalizers()
+            for _ in tqdm(range(args.bc_steps), desc="behaviour cloning", leave=False):
+                batch = buffer.sample(args.batch_size)
+                loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
+                gradient_step(policy_optimizer, loss, "behaviour-cloning")
+                log.record({"losses/bc_loss": loss.detach()})
+        result = evaluate_and_save(FINAL_EPISODES)
+        summary["bc_success"] = result["success"]
+        log.write_row(step)
+
+        # online: act, evaluate actions, improve the policy
+        act = partial(choose_chunks, policy, target_critic, args.best_of_n, torch.Generator().manual_seed(args.seed))
+        make, seeds = partial(make_env, args.env_id, args.chunk_size), itertools.count((2 * args.seed + 2) * 10**6)
+        learning, recent, bar = bool(demos), deque(maxlen=50), tqdm(total=args.total_timesteps, unit="step")
+        for finished in rollout(make, args.num_envs, act, args.chunk_size, seeds):
+            for episode in finished:
+                buffer.add_episode(episode)
+                recent.append(episode.success)
+                log.record({"charts/success": episode.success, "charts/episodic_return": episode.rewards.sum()})
+            previous, step = step, step + args.num_envs
+            bar.update(args.num_envs)
+            last = step >= args.total_timesteps
+            if not learning and buffer.size >= args.batch_size:  # without data there was nothing to learn from before
+                fit_normalizers()
+                learning = True
+            for _ in range(int(step * args.utd_ratio) - int(previous * args.utd_ratio) if learning else 0):
+                batch = buffer.sample(args.batch_size)
+                log.record(update_critic(policy, critic, target_critic, critic_optimizer, batch, args))
+                if step > args.critic_warmup_steps:
+                    log.record(update_policy(policy, target_critic, policy_optimizer, batch, args))
+
+            if last or step // args.eval_interval > previous // args.eval_interval:
+                result = evaluate_and_save(FINAL_EPISODES if last else args.eval_episodes)
+            if last or step // args.log_interval > previous // args.log_interval:
+                log.record({"charts/buffer_size": buffer.size})
+                means = log.write_row(step)
+                shown = {"Q": "qf_values", "ESS": "effective_samples", "clipped": "clip_fraction"}
+                shown = {name: means.get(f"losses/{column}", math.nan) for name, column in shown.items()}
+                bar.set_postfix(success=np.mean(recent) if recent else math.nan, **shown)
+            if last:
+                break
+    except (KeyboardInterrupt, FloatingPointError) as error:
+        interruption = error
+        save_policy(log.dir / "policy.pt", policy, target_critic, args)
+        log.write_row(step)
+        summary["stopped"] = str(error) or type(error).__name__
+
+    summary |= {"env_steps": step, "wall_time_s": round(time.time() - start, 1)}
+    if result:
+        interval = wilson_interval(result["successes"], result["episodes"])
+        summary |= {"final_success": result["success"], "final_return": result["return"], "final_success_interval": interval}
+    summary["evaluate_again"] = f"python {METHOD}.py --evaluate {log.dir / 'policy.pt'}"
+    (log.dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    print(f"\n{args.env_id}, seed {args.seed}")
+    for name, value in summary.items():
+        print(f"  {name:<23}{value}")
+    if interruption:
+        raise type(interruption)(f"environment step {step}: {interruption}") from interruption
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (UserError, FloatingPointError) as error:
+        print(f"{METHOD}.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,580 @@
+"""Tests of poco.py: equations against float64 NumPy, samplers against known distributions, faults, and the command line."""
+
+import csv
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import poco
+from poco import Args, Batch, CriticEnsemble, FlowPolicy, ReplayBuffer, Trajectory, UserError
+
+SCRIPT = Path(poco.__file__)
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def to_numpy(module):
+    return {name: value.double().numpy() for name, value in module.state_dict().items()}
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def numpy_velocity(policy, obs, x, t):
+    """The network of FlowPolicy, written again in float64."""
+    w = to_numpy(policy)
+    obs = np.clip((obs - w["normalize.mean"]) / w["normalize.std"], -10, 10)
+    h = np.concatenate([obs, x, t], axis=1)
+    for layer in (0, 2, 4):
+        h = silu(h @ w[f"net.{layer}.weight"].T + w[f"net.{layer}.bias"])
+    return h @ w["net.6.weight"].T + w["net.6.bias"]
+
+
+# Flow policy
+
+
+def test_bc_loss_is_the_masked_squared_error_of_the_velocity():
+    rng = np.random.default_rng(0)
+    policy = FlowPolicy(obs_dim=3, chunk_dim=6)
+    policy.normalize.fit(torch.tensor(rng.normal(2, 3, (50, 3))).float())
+    obs, chunk, noise, time_ = (rng.normal(size=(4, n)) for n in (3, 6, 6, 1))
+    valid = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    error = (numpy_velocity(policy, obs, (1 - time_) * noise + time_ * chunk, time_) - (chunk - noise)) ** 2
+    masked = [error[i, : 2 * valid[i].sum()].mean() for i in range(4)]  # T = 3 actions of 2 numbers
+
+    given = [torch.tensor(value).float() for value in (obs, chunk, valid, noise, time_)]
+    np.testing.assert_allclose(policy.bc_loss(*given).detach(), masked, rtol=1e-5)
+    given[2] = None
+    np.testing.assert_allclose(policy.bc_loss(*given).detach(), error.mean(1), rtol=1e-5)
+
+
+def test_sample_is_euler_integration_from_noise():
+    rng = np.random.default_rng(0)
+    policy = FlowPolicy(obs_dim=3, chunk_dim=4, flow_steps=7)
+    obs, x = rng.normal(size=(5, 3)), rng.normal(size=(5, 4))
+    sampled = policy.sample(torch.tensor(obs).float(), torch.tensor(x).float())
+    for k in range(7):
+        x = x + numpy_velocity(policy, obs, x, np.full((5, 1), k / 7)) / 7
+    np.testing.assert_allclose(sampled.detach(), np.clip(x, -1, 1), rtol=1e-4, atol=1e-6)
+    assert policy.sample(torch.zeros(1000, 3)).abs().max() <= 1
+
+
+def test_flow_fitted_to_two_modes_samples_both_in_proportion():
+    policy = FlowPolicy(obs_dim=1, chunk_dim=2, hidden_dim=64, flow_steps=20)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=2000)
+    for _ in range(2000):
+        obs = torch.randint(2, (512, 1)).float()  # the share of the upper mode is 0.3 for one observation, 0.8 for the other
+        upper = torch.rand(512, 1) < 0.3 + 0.5 * obs
+        chunk = torch.where(upper, 0.6, -0.4) + 0.05 * torch.randn(512, 2)
+        poco.gradient_step(optimizer, policy.bc_loss(obs, chunk, None).mean(), "bc")
+        schedule.step()
+    with torch.no_grad():
+        for value, share in ((0.0, 0.3), (1.0, 0.8)):
+            x = policy.sample(torch.full((4000, 1), value))
+            upper = x[:, 0] > 0.1
+            assert upper.float().mean() == pytest.approx(share, abs=0.05)
+            np.testing.assert_allclose(x[upper].mean(0), 0.6, atol=0.05)
+            np.testing.assert_allclose(x[~upper].mean(0), -0.4, atol=0.05)
+            assert x[upper].std(0).max() < 0.15 and x[~upper].std(0).max() < 0.15
+
+
+def test_normalizer_survives_constant_features_and_travels_in_the_state_dict():
+    policy = FlowPolicy(obs_dim=3, chunk_dim=2)
+    obs = torch.stack([torch.full((100,), 7.0), torch.full((100,), 1e-9), torch.randn(100) * 5 + 1], dim=1)
+    policy.normalize.fit(obs)
+    assert policy.normalize(obs).abs().max() < 5
+    assert policy.normalize(obs + 1).abs().max() <= 10
+    np.testing.assert_allclose(policy.normalize(obs)[:, 2].mean(), 0, atol=1e-5)
+    np.testing.assert_allclose(policy.normalize(obs)[:, 2].std(correction=0), 1, rtol=1e-5)
+    copy = FlowPolicy(obs_dim=3, chunk_dim=2)
+    copy.load_state_dict(policy.state_dict())
+    assert torch.equal(copy.normalize(obs), policy.normalize(obs))
+
+
+# Critic
+
+
+def test_critic_ensemble_is_independent_networks_with_layer_norm():
+    rng = np.random.default_rng(0)
+    critic = CriticEnsemble(obs_dim=3, chunk_dim=2, num_critics=4, hidden_dim=16)
+    critic.normalize.fit(torch.tensor(rng.normal(1, 2, (50, 3))).float())
+    obs, chunk = rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
+    w = to_numpy(critic)
+    expected = []
+    for m in range(4):
+        h = np.concatenate([(obs - w["normalize.mean"]) / w["normalize.std"], chunk], axis=1)
+        for layer in (0, 3, 6):
+            h = h @ w[f"net.{layer}.weight"][m] + w[f"net.{layer}.bias"][m]
+            h = silu((h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-5))
+        expected.append((h @ w["net.9.weight"][m] + w["net.9.bias"][m])[:, 0])
+    q = critic(torch.tensor(obs).float(), torch.tensor(chunk).float())
+    np.testing.assert_allclose(q.detach(), expected, rtol=1e-4, atol=1e-5)
+    assert q.std(0).min() > 1e-3  # members start apart
+
+
+def test_aggregate():
+    q = torch.tensor([[1.0, 5.0], [3.0, 1.0]])
+    assert poco.aggregate(q, "mean").tolist() == [2, 3]
+    assert poco.aggregate(q, "min").tolist() == [1, 1]
+
+
+def test_critic_loss_leaves_padded_windows_out():
+    q, target = torch.tensor([[1.0, 50.0], [3.0, 50.0]], requires_grad=True), torch.tensor([2.0, 0.0])
+    loss = poco.critic_loss(q, target, torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    loss.backward()
+    assert loss.item() == 1
+    assert q.grad.tolist() == [[-1, 0], [1, 0]]
+    assert poco.critic_loss(q, target, torch.tensor([[1.0, 0.0], [1.0, 0.0]])) == 0  # no whole window: no NaN
+
+
+class ConstantPolicy:
+    def __init__(self, chunk_dim):
+        self.chunk_dim = chunk_dim
+
+    def sample(self, obs):
+        return torch.ones(len(obs), self.chunk_dim)
+
+
+@pytest.mark.parametrize("terminated", [True, False])
+def test_critic_converges_to_the_values_of_a_small_mdp(terminated):
+    """States in a row, reward 1 for the fourth step; then the end, or on and on round a ring of four with a time limit in between."""
+    gamma, n = 0.8, 4 if terminated else 10
+    state = np.arange(n + 1) if terminated else np.arange(n + 1) % 4
+    buffer = ReplayBuffer(100, 5, 1, chunk_size=2, gamma=gamma)
+    buffer.add_episode(Trajectory(np.eye(5)[state], np.ones((n, 1)), 1.0 * (np.arange(n) % 4 == 3), terminated, 1.0, 0))
+    args = Args(chunk_size=2, gamma=gamma, tau=0.05)
+    critic, target = (CriticEnsemble(5, 2, 2, hidden_dim=32) for _ in range(2))
+    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+    for _ in range(1500):
+        poco.update_critic(ConstantPolicy(2), critic, target, optimizer, buffer.sample(32), args)
+    steps = [0, 2] if terminated else [0, 1, 2, 3]  # of a terminated row, an odd step only sees padded windows further on
+    values = [gamma ** (3 - i) / (1 if terminated else 1 - gamma**4) for i in steps]
+    q = critic(torch.eye(5)[steps], torch.ones(len(steps), 2))
+    np.testing.assert_allclose(q.detach(), [values, values], rtol=0.03)
+
+
+# The algorithm
+
+
+def test_posterior_weights():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(6, 5))
+    for temperature in (0.1, 1.0, 30.0):
+        expected = np.exp(q / temperature) / np.exp(q / temperature).sum(1, keepdims=True)
+        np.testing.assert_allclose(poco.posterior_weights(torch.tensor(q), temperature), expected, rtol=1e-10)
+    q = torch.tensor(q).float()
+    np.testing.assert_allclose(poco.posterior_weights(q, 1e9), 1 / 5, rtol=1e-5)
+    assert torch.equal(poco.posterior_weights(q, 1e-6), torch.nn.functional.one_hot(q.argmax(1), 5).float())
+    for extreme in (torch.tensor([[1e6, -1e6, 1e6]]), torch.tensor([[-1e6, -1e6, -1e6]])):
+        weights = poco.posterior_weights(extreme, 1e-3)
+        assert torch.isfinite(weights).all() and weights.sum().item() == pytest.approx(1)
+
+
+def test_poco_loss_is_equation_23():
+    rng = np.random.default_rng(0)
+    losses, bc = rng.exponential(size=(7, 4)), rng.exponential(size=9)
+    weights = rng.dirichlet(np.ones(4), size=7)
+    for beta, zeta in ((1.0, 0.4), (0.3, 1.0), (0.0, 0.5)):
+        expected = np.mean([beta * sum(w * min(loss, zeta) for w, loss in zip(*row, strict=True)) for row in zip(weights, losses, strict=True)])
+        loss = poco.poco_loss(*map(torch.tensor, (losses, weights, bc)), beta, zeta)
+        assert loss.item() == pytest.approx(expected + bc.mean(), rel=1e-12)
+
+
+def test_a_clipped_candidate_gives_no_gradient():
+    policy = FlowPolicy(obs_dim=2, chunk_dim=2)
+    obs, chunk = torch.randn(2, 2), torch.tensor([[0.1, 0.1], [1.0, -1.0]])
+    noise, moment = torch.tensor([[0.0, 0.0], [3.0, 3.0]]), torch.full((2, 1), 0.5)
+    for row in (0, 1):
+        losses = policy.bc_loss(obs, chunk, None, noise, moment)
+        assert losses[0] < 1 < losses[1]
+        weights = torch.zeros(1, 2)
+        weights[0, row] = 1
+        policy.zero_grad()
+        poco.poco_loss(losses.view(1, 2), weights, torch.zeros(1), 1.0, 1.0).backward()
+        gradient = sum(parameter.grad.abs().sum() for parameter in policy.parameters())
+        assert (gradient > 1e-3) if row == 0 else (gradient == 0)
+
+
+def two_mode_bandit(**settings):
+    """A clone with 80 % of its mass at -0.5 and 20 % at +0.5, where +0.5 is worth 1 and -0.5 nothing. Returns: share of +0.5 after POCO."""
+    args = Args(num_candidates=8, posterior_batch_size=64, **settings)
+    policy = FlowPolicy(obs_dim=1, chunk_dim=1, hidden_dim=64, flow_steps=10)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
+    value = lambda obs, chunk: (chunk.T > 0).float()  # noqa: E731, stands for the critics (M, B)
+    for step in range(1200):
+        chunk = torch.where(torch.rand(128, 1) < 0.2, 0.5, -0.5) + 0.05 * torch.randn(128, 1)
+        batch = Batch(torch.zeros(128, 1), chunk, None, None, None, torch.ones(128, 1))
+        if step < 600:
+            poco.gradient_step(optimizer, policy.bc_loss(batch.obs, chunk, None).mean(), "bc")
+        else:
+            metrics = poco.update_policy(policy, value, optimizer, batch, args)
+    with torch.no_grad():
+        return (policy.sample(torch.zeros(4000, 1)) > 0).float().mean().item(), metrics
+
+
+def test_poco_moves_the_mass_to_the_better_mode():
+    share, metrics = two_mode_bandit(temperature=0.05, clip_threshold=5.0, posterior_coef=3.0)
+    assert share > 0.45  # a fixed point between the buffer's 0.2 and the posterior's nearly 1
+    assert metrics["losses/clip_fraction"] < 0.2 and 1 <= metrics["losses/effective_samples"] <= 8
+    assert two_mode_bandit(temperature=1e6, clip_threshold=5.0, posterior_coef=3.0)[0] < 0.35  # uniform weights teach nothing
+
+
+def test_td_target_and_windows_on_a_hand_made_episode():
+    gamma, rewards = 0.9, np.array([1.0, 2.0, 4.0, 8.0])
+    obs = np.arange(5.0)[:, None]
+    for terminated in (True, False):
+        buffer = ReplayBuffer(10, 1, 1, chunk_size=3, gamma=gamma)
+        buffer.add_episode(Trajectory(obs, np.arange(1.0, 5)[:, None] / 10, rewards, terminated, 0.0, 0))
+        batch = buffer.sample(200)
+        next_q = 100 + batch.next_obs[:, 0]
+        target = poco.td_target(batch.reward, next_q, batch.terminated, gamma, 3)
+        seen = {int(o): i for i, o in enumerate(batch.obs[:, 0])}
+        assert sorted(seen) == [0, 1, 2, 3]
+        # window 0 ends inside the episode, window 1 at its end, windows 2 and 3 are padded
+        assert target[seen[0]].item() == pytest.approx(1 + 0.9 * 2 + 0.81 * 4 + 0.729 * 103, rel=1e-6)
+        assert target[seen[1]].item() == pytest.approx(2 + 0.9 * 4 + 0.81 * 8 + (0 if terminated else 0.729 * 104), rel=1e-6)
+        assert batch.terminated[[seen[i] for i in range(4)]].tolist() == [0, terminated, terminated, terminated]
+        assert batch.valid[[seen[i] for i in range(4)]].tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
+        np.testing.assert_allclose(batch.chunk[seen[2]], [0.3, 0.4, 0], rtol=1e-6)
+        assert batch.reward[seen[2]].item() == pytest.approx(4 + 0.9 * 8, rel=1e-6)
+        assert batch.next_obs[seen[2]].item() == 4
+
+
+# Replay buffer
+
+
+@pytest.mark.parametrize("capacity", [1000, 37, 5])
+def test_buffer_never_mixes_episodes(capacity):
+    """Every step carries its episode and its place in it; windows must be runs of one episode, the newest steps must all be there."""
+    rng = np.random.default_rng(0)
+    buffer, written = ReplayBuffer(capacity, 2, 1, chunk_size=4, gamma=0.9), []
+    for episode in range(60):
+        n = int(rng.integers(1, 12))
+        obs = np.stack([np.full(n + 1, episode), np.arange(n + 1)], axis=1)
+        buffer.add_episode(Trajectory(obs, (episode * 100 + np.arange(n))[:, None], np.ones(n), episode % 2 == 0, 0.0, 0))
+        written += [(episode, step, n) for step in range(n)]
+        lengths = {e: length for e, _, length in written}
+        batch = buffer.sample(300)
+        seen = set()
+        for obs, chunk, next_obs, valid, terminated in zip(batch.obs, batch.chunk, batch.next_obs, batch.valid, batch.terminated, strict=True):
+            e, step = obs.int().tolist()
+            k = min(4, lengths[e] - step)
+            assert valid.tolist() == [1] * k + [0] * (4 - k)
+            assert chunk.tolist() == [e * 100 + step + i for i in range(k)] + [0] * (4 - k)
+            assert next_obs.tolist() == [e, step + k]
+            assert terminated == (e % 2 == 0 and step + k == lengths[e])
+            seen.add((e, step, lengths[e]))
+        assert buffer.size == min(len(written), capacity)
+        assert seen <= set(written[-capacity:])
+
+
+# Environments
+
+
+class Counter(gym.Env):
+    """Counts its steps; every episode has another length, so environments end at different times. Ends by termination when terminate."""
+
+    observation_space = gym.spaces.Dict({"count": gym.spaces.Box(-np.inf, np.inf, (1,)), "goal": gym.spaces.Box(-1, 1, (2,))})
+    action_space = gym.spaces.Box(np.array([[0.0], [-4.0]]), np.array([[10.0], [4.0]]), (2, 1), np.float64)
+
+    def __init__(self, render_mode=None, nan_after=None, length=None):
+        self.nan_after, self.length, self.steps = nan_after, length, 0
+
+    def obs(self):
+        poisoned = self.nan_after is not None and self.steps > self.nan_after
+        return {"count": np.array([np.nan if poisoned else self.t], np.float32), "goal": np.zeros(2, np.float32)}
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.end = 0, self.length or int(self.np_random.integers(3, 9))
+        return self.obs(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.t, self.steps = self.t + 1, self.steps + 1
+        over = self.t >= self.end
+        return self.obs(), float(action[0, 0]), over and self.end % 2 == 0, over and self.end % 2 == 1, {"is_success": float(self.end == 5)}
+
+
+gym.register("Counter-v0", Counter)
+gym.register("CounterNaN-v0", Counter, kwargs={"nan_after": 300})
+gym.register("CounterShort-v0", Counter, max_episode_steps=3)
+gym.register("Unbounded-v0", lambda render_mode=None: gym.make("Pendulum-v1", render_mode=render_mode))
+
+
+def test_actions_are_mapped_to_the_environments_box_and_observations_flattened():
+    env = poco.make_env("Counter-v0", 2)
+    assert env.observation_space.shape == (3,) and env.action_space.shape == (2,)
+    env.reset(seed=0)
+    for action, reward in ((-1.0, 0.0), (0.0, 5.0), (1.0, 10.0)):
+        assert env.step(np.full(2, action, np.float32))[1] == pytest.approx(reward)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 5])
+def test_rollout_has_no_reset_steps_and_starts_a_chunk_with_every_episode(chunk_size):
+    seen_at_start, episodes = [], []
+
+    def act(obs):
+        seen_at_start.extend(obs[:, 0])
+        return np.tile(np.repeat(np.arange(chunk_size) / 10, 2), (len(obs), 1))  # an action tells its place in the chunk
+
+    runner = poco.rollout(lambda: poco.make_env("Counter-v0", chunk_size), 3, act, chunk_size, iter(range(10**6)))
+    steps = 0
+    while len(episodes) < 40:
+        episodes += next(runner)
+        steps += 3
+    for episode in episodes:
+        n = len(episode.actions)
+        assert episode.obs[:, 0].tolist() == list(range(n + 1))  # the last one is the end's, not the next episode's first
+        np.testing.assert_allclose(episode.actions[:, 0], np.arange(n) % chunk_size / 10, rtol=1e-6)
+        np.testing.assert_allclose(episode.rewards, 5 + 5 * episode.actions[:, 0], rtol=1e-6)
+        assert episode.terminated == (n % 2 == 0) and episode.success == (n == 5)
+        replay = poco.make_env("Counter-v0", chunk_size)
+        replay.reset(seed=episode.seed)
+        assert replay.unwrapped.end == n
+    assert len({episode.seed for episode in episodes}) == len(episodes)
+    assert steps - 3 * 8 <= sum(len(episode.actions) for episode in episodes) <= steps
+    assert all(count % chunk_size == 0 for count in seen_at_start)
+
+
+def test_evaluation_counts_every_seed_once():
+    args = Args(env_id="Counter-v0", chunk_size=2, num_envs=3)
+    policy, critic = poco.make_networks(args, torch.device("cpu"))
+    ends = []
+    for seed in range(20):
+        env = gym.make("Counter-v0")
+        env.reset(seed=seed)
+        ends.append(env.unwrapped.end)
+    result = poco.evaluate(policy, critic, args, 20)
+    assert result["success"] == np.mean(np.array(ends) == 5) and result["successes"] == ends.count(5)
+
+
+def test_best_of_n_takes_the_candidate_the_critics_prefer():
+    policy = FlowPolicy(obs_dim=2, chunk_dim=4)
+    critic = lambda obs, chunk: torch.stack([chunk[:, 0] + obs[:, 0], chunk[:, 0]])  # noqa: E731
+    obs = np.zeros((6, 2))
+    noise = torch.randn(6 * 8, 4, generator=torch.Generator().manual_seed(3))
+    candidates = policy.sample(torch.zeros(48, 2), noise).view(6, 8, 4)
+    expected = [group[group[:, 0].argmax()].tolist() for group in candidates]
+    chosen = poco.choose_chunks(policy, critic, 8, torch.Generator().manual_seed(3), obs)
+    np.testing.assert_allclose(chosen, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("env_id", ["FetchReach-v4", "FetchPush-v4", "FetchPickAndPlace-v4"])
+def test_demonstrators_succeed(env_id):
+    episodes = poco.make_demonstrations(Args(env_id=env_id, num_demos=20, demo_noise=0.2))
+    assert len(episodes) == 20 and np.mean([episode.success for episode in episodes]) >= 0.9
+    assert all(np.abs(episode.actions).max() <= 1 and len(episode.obs) == len(episode.actions) + 1 for episode in episodes)
+    assert np.std([episode.obs[0, 3:6] for episode in episodes], axis=0).max() > 0.01  # goals differ
+
+
+def test_wilson_interval():
+    np.testing.assert_allclose(poco.wilson_interval(95, 100), (0.8882, 0.9785), atol=1e-4)
+    np.testing.assert_allclose(poco.wilson_interval(0, 10), (0, 0.2775), atol=1e-4)
+
+
+# Whole runs
+
+
+def small_run(tmp_path, monkeypatch, **settings):
+    monkeypatch.chdir(tmp_path)
+    defaults = {"env_id": "Counter-v0", "dataset": "none", "hidden_dim": 32, "chunk_size": 2, "num_envs": 3, "total_timesteps": 600}
+    intervals = {"critic_warmup_steps": 300, "eval_interval": 300, "eval_episodes": 10, "log_interval": 100}
+    return poco.main(Args(**(defaults | intervals | settings)))
+
+
+def test_pure_online_run_writes_its_outputs_and_is_reproducible(tmp_path, monkeypatch):
+    files = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        summary = small_run(tmp_path / name, monkeypatch)
+        (run_dir,) = (tmp_path / name / "runs").iterdir()
+        files.append((run_dir / "metrics.csv").read_text())
+        assert summary["env_steps"] == 600 and 0 <= summary["final_success"] <= summary["best_success"] <= 1
+        assert json.loads((run_dir / "summary.json").read_text())["final_success"] == summary["final_success"]
+        assert json.loads((run_dir / "args.json").read_text())["env_id"] == "Counter-v0"
+        again = poco.main(Args(evaluate=run_dir / "policy.pt"))
+        assert (again["success"], again["return"]) == (summary["final_success"], summary["final_return"])
+        assert (run_dir / "policy_best.pt").is_file() and not list(run_dir.glob("*.tmp"))
+    assert files[0] == files[1]
+    rows = list(csv.DictReader(files[0].splitlines()))
+    assert [int(row["global_step"]) for row in rows] == [0, 102, 201, 300, 402, 501, 600]
+    assert [row["eval/success"] != "" for row in rows] == [True, False, False, True, False, False, True]
+    assert rows[3]["losses/qf_loss"] != "" and rows[3]["losses/actor_loss"] == "" and rows[4]["losses/actor_loss"] != ""  # warm-up is over
+
+
+def test_policy_stays_the_clone_during_the_warm_up(tmp_path, monkeypatch):
+    small_run(tmp_path, monkeypatch, critic_warmup_steps=600)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    _, policy, _ = poco.load_policy(run_dir / "policy.pt", torch.device("cpu"))
+    torch.manual_seed(1)
+    fresh, _ = poco.make_networks(Args(env_id="Counter-v0", chunk_size=2, hidden_dim=32), torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), fresh.parameters(), strict=True))
+    assert policy.normalize.mean[0] > 0.5  # statistics of what it met
+
+
+def test_nan_observation_stops_the_run_after_saving(tmp_path, monkeypatch):
+    with pytest.raises(FloatingPointError, match=r"environment step \d+.* observation"):
+        small_run(tmp_path, monkeypatch, env_id="CounterNaN-v0", total_timesteps=3000)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    _, policy, _ = poco.load_policy(run_dir / "policy.pt", torch.device("cpu"))
+    assert all(torch.isfinite(parameter).all() for parameter in policy.parameters())
+    assert "observation" in json.loads((run_dir / "summary.json").read_text())["stopped"]
+
+
+def test_nan_loss_stops_before_it_reaches_the_weights():
+    policy = FlowPolicy(2, 2)
+    before = [parameter.clone() for parameter in policy.parameters()]
+    with pytest.raises(FloatingPointError, match="policy loss"):
+        poco.gradient_step(torch.optim.Adam(policy.parameters()), policy.bc_loss(torch.full((1, 2), torch.nan), torch.ones(1, 2), None).mean(), "policy")
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+# The command line, as a user types it
+
+
+def start(*arguments, cwd, **options):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def run(*arguments, cwd):
+    process = start(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def reach(tmp_path_factory):
+    """A small run on FetchReach, from a poor clone."""
+    cwd = tmp_path_factory.mktemp("reach")
+    settings = "--env-id FetchReach-v4 --num-demos 10 --bc-steps 150 --total-timesteps 2000 --critic-warmup-steps 500 --eval-interval 1000"
+    settings += " --eval-episodes 10 --learning-rate 1e-3 --hidden-dim 128"
+    code, out, err = run(*settings.split(), cwd=cwd)
+    assert code == 0, err
+    (run_dir,) = (cwd / "runs").iterdir()
+    return cwd, run_dir, out, json.loads((run_dir / "summary.json").read_text())
+
+
+def test_reach_improves_on_its_clone(reach):
+    _, _, out, summary = reach
+    assert summary["final_success"] >= summary["bc_success"] + 0.1
+    low, high = summary["final_success_interval"]
+    assert low < summary["final_success"] < high or summary["final_success"] == 1
+    assert f"success {summary['bc_success']:.2f} ({round(100 * summary['bc_success'])}/100)" in out
+
+
+def test_the_printed_command_evaluates_to_the_same_result(reach):
+    cwd, _, _, summary = reach
+    words = summary["evaluate_again"].split()
+    assert words[:2] == ["python", "poco.py"]
+    code, out, err = run(*words[2:], cwd=cwd)
+    assert code == 0, err
+    assert f"success {summary['final_success']:.2f} (" in out
+
+
+def test_ctrl_c_saves_prints_the_summary_and_exits_130(tmp_path):
+    process = start("--env-id", "FetchReach-v4", "--num-demos", 5, "--bc-steps", 20, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/policy.pt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert "evaluate_again" in out and "bc_success" in out
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    args, _, _ = poco.load_policy(run_dir / "policy.pt", torch.device("cpu"))
+    assert args.env_id == "FetchReach-v4"
+
+
+BAD_INPUT = {
+    "unknown environment": ("--env-id FetchPickAndPlac-v4", "FetchPickAndPlace-v4"),
+    "discrete actions": ("--env-id CartPole-v1 --dataset none", "Discrete"),
+    "no demonstrator": ("--env-id Pendulum-v1", "--dataset none"),
+    "chunk longer than an episode": ("--env-id FetchReach-v4 --chunk-size 51", "50 steps"),
+    "zero size": ("--batch-size 0", "--batch-size"),
+    "negative size": ("--num-envs -1", "--num-envs"),
+    "no candidates": ("--num-candidates 0", "--num-candidates"),
+    "zero temperature": ("--temperature 0", "--temperature"),
+    "NaN temperature": ("--temperature nan", "--temperature"),
+    "negative clip": ("--clip-threshold -0.1", "--clip-threshold"),
+    "discount above one": ("--gamma 1.5", "at most 1"),
+    "no demonstrations": ("--num-demos 0", "--dataset none"),
+    "unknown option": ("--no-such-option 1", "no-such-option"),
+    "no such file": ("--evaluate nowhere.pt", "nowhere.pt"),
+}
+if not torch.cuda.is_available():
+    BAD_INPUT["no CUDA"] = ("--device cuda", "--device cpu")
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_a_sentence_and_status_2(case, tmp_path):
+    arguments, hint = BAD_INPUT[case]
+    code, _, err = run(*arguments.split(), cwd=tmp_path)
+    assert code == 2 and hint in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_runs_folder(tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    code, _, err = run("--env-id", "FetchReach-v4", "--num-demos", 1, cwd=tmp_path)
+    assert code == 2 and "runs" in err and "Traceback" not in err
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_policy_file_of_another_environment(reach):
+    cwd, run_dir, _, _ = reach
+    code, _, err = run("--evaluate", run_dir / "policy.pt", "--env-id", "FetchPush-v4", cwd=cwd)
+    assert code == 2 and "FetchReach-v4" in err and "FetchPush-v4" in err and "Traceback" not in err
+
+
+def test_unbounded_actions():
+    gym.register("NoBounds-v0", Counter, kwargs={})
+    original, Counter.action_space = Counter.action_space, gym.spaces.Box(-np.inf, np.inf, (1,))
+    try:
+        with pytest.raises(UserError, match="bounded"):
+            poco.make_env("NoBounds-v0", 2)
+    finally:
+        Counter.action_space = original
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("code_was_run",))
+
+
+def test_damaged_and_malicious_policy_files(reach, tmp_path, monkeypatch):
+    _, run_dir, _, _ = reach
+    monkeypatch.chdir(tmp_path)
+    whole = (run_dir / "policy.pt").read_bytes()
+    content = torch.load(run_dir / "policy.pt", weights_only=True)
+    files = {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello", "pickle": pickle.dumps(Malicious())}
+    for name, data in files.items():
+        Path(name).write_bytes(data)
+    torch.save(content | {"policy": Malicious()}, "torch_pickle")
+    torch.save(content | {"method": "ogpo"}, "other_method")
+    torch.save(content | {"args": content["args"] | {"env_id": "FetchPush-v4"}}, "other_shapes")
+    torch.save(content | {"args": content["args"] | {"hidden_dim": -5}}, "bad_args")
+    torch.save([1, 2], "not_a_dict")
+    for name in (*files, "torch_pickle", "other_method", "other_shapes", "bad_args", "not_a_dict"):
+        with pytest.raises(UserError, match=name):
+            poco.load_policy(Path(name), torch.device("cpu"))
+    assert not Path("code_was_run").exists()
