@@ -135,6 +135,10 @@ def check_args(args: Args) -> None:
             raise UserError(f"{option} must be at least {lowest.get(name, 1)}, not {value}{hint}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; type --device cpu or --device auto.")
+    if args.render and not args.evaluate:
+        raise UserError("--render shows the episodes of --evaluate; type --evaluate runs/.../policy.pt --render.")
+    if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        raise UserError("--render needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set.")
 
 
 # Environment and demonstrations
@@ -634,15 +638,17 @@ def main(args: Args) -> dict:
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, args.chunk_size, args.gamma, device)
     demos = make_demonstrations(args) if args.dataset == "scripted" else []
 
-    log, start, step, summary = RunLog(args), time.time(), 0, {"best_success": -1.0, "best_return": -math.inf}
+    log, start, step, summary, best = RunLog(args), time.time(), 0, {}, (-math.inf, -math.inf)
 
     def evaluate_and_save(num_episodes):
+        nonlocal best
         result = evaluate(policy, target_critic, args, num_episodes)
         tqdm.write(f"step {step:>7}: {result_line(result)}")
         log.record({"eval/success": result["success"], "eval/return": result["return"]})
         save_policy(log.dir / "policy.pt", policy, target_critic, args)
-        if (np.nan_to_num(result["success"]), result["return"]) >= (np.nan_to_num(summary["best_success"]), summary["best_return"]):
-            summary.update(best_success=result["success"], best_return=result["return"], best_step=step)
+        score = float(np.nan_to_num(result["success"])), result["return"]  # without is_success the return decides
+        if score >= best:
+            best, summary["best_success"], summary["best_step"] = score, result["success"], step
             save_policy(log.dir / "policy_best.pt", policy, target_critic, args)
         return result
 
