@@ -238,15 +238,17 @@ def fetch_reach(obs):
 
 
 def fetch_push(obs):
-    """Circles around the object until behind it, pushes it along the line to the goal, backs off."""
-    to_goal, rel = obs[3:6] - obs[9:12], -obs[12:15]  # from the object to the goal, to the gripper
-    angle, behind = np.arctan2(rel[1], rel[0]), np.arctan2(-to_goal[1], -to_goal[0])
-    turn = (behind - angle + np.pi) % (2 * np.pi) - np.pi
-    if abs(turn) < 0.4 and np.linalg.norm(to_goal) > 0.03:
-        onto_line = (rel @ to_goal) / (to_goal @ to_goal) * to_goal - rel
-        return go(onto_line + 0.7 * to_goal)
-    angle += np.clip(turn, -0.8, 0.8)
-    return go(0.09 * np.array([np.cos(angle), np.sin(angle), 0]) - rel)  # 9 cm clear the object
+    """Swings over the object until in line behind it, pushes it along that line to the goal, rises."""
+    to_goal, rel = (obs[3:6] - obs[9:12]) * [1, 1, 0], -obs[12:15]  # from the object to the goal, to the gripper
+    distance = np.linalg.norm(to_goal)
+    if distance < 0.03:
+        return go(np.array([0, 0, 0.25 - rel[2]]))
+    line = to_goal / distance
+    along = rel @ line
+    wrong = max(np.linalg.norm((rel - along * line)[:2]) - 0.01, 0) + max(along + 0.04, 0)  # metres beside the line, ahead
+    ready = np.clip(1 - wrong / 0.02, 0, 1) * np.clip(1 - rel[2] / 0.03, 0, 1)  # blended, since a switch is hard to clone
+    target = ready * (0.8 * to_goal + along * line) - (1 - ready) * 0.06 * line
+    return go(target - rel + [0, 0, np.clip(3 * wrong, 0, 0.08)])
 
 
 def fetch_pick_and_place(obs):
