@@ -117,6 +117,10 @@ class Args:
     render: bool = False
     """with --evaluate: show the episodes in a window"""
 
+    def __post_init__(self):
+        if self.env_id is None and self.evaluate is None:
+            self.env_id = "FetchPickAndPlace-v4"
+
 
 class UserError(Exception):
     """A mistake at the keyboard, in one sentence: what is wrong and what was expected."""
@@ -381,7 +385,7 @@ class FlowPolicy(nn.Module):
         if valid is None:
             return error.mean(1)
         mask = valid.repeat_interleave(chunk.shape[1] // valid.shape[1], dim=1)  # (B, D)
-        return (error * mask).sum(1) / mask.sum(1)
+        return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     def sample(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
         """Follows the flow in K Euler steps. Args: obs (B, O); noise x_0 (B, D), drawn if None. Returns: chunks (B, D) in [-1, 1]."""
@@ -630,7 +634,6 @@ def main(args: Args) -> dict:
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     if args.evaluate:
         return evaluate_file(args, device)
-    args.env_id = args.env_id or "FetchPickAndPlace-v4"
     torch.manual_seed(args.seed)
     policy, critic = make_networks(args, device)
     target_critic = copy.deepcopy(critic)

@@ -385,6 +385,12 @@ def test_demonstrators_succeed(env_id):
     assert np.std([episode.obs[0, 3:6] for episode in episodes], axis=0).max() > 0.01  # goals differ
 
 
+def test_demonstrations_and_steps_of_the_default_arguments():
+    args = Args(num_demos=2, num_envs=2)
+    assert args.env_id == "FetchPickAndPlace-v4"
+    assert [episode.obs.shape for episode in poco.make_demonstrations(args)] == [(51, 31)] * 2
+
+
 def test_wilson_interval():
     np.testing.assert_allclose(poco.wilson_interval(95, 100), (0.8882, 0.9785), atol=1e-4)
     np.testing.assert_allclose(poco.wilson_interval(0, 10), (0, 0.2775), atol=1e-4)
