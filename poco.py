@@ -129,12 +129,12 @@ class UserError(Exception):
 def check_args(args: Args) -> None:
     """Raises: UserError for a value that no run can work with."""
     lowest = {"seed": 0, "demo_noise": 0, "critic_warmup_steps": 0, "utd_ratio": 0, "posterior_coef": 0}  # of the others: 1
-    fraction = {"gamma": 1, "tau": 1, "temperature": math.inf, "clip_threshold": math.inf, "learning_rate": math.inf}  # above 0, at most
+    highest = {"gamma": 1, "tau": 1, "temperature": math.inf, "clip_threshold": math.inf, "learning_rate": math.inf}  # and above 0
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
-        if name in fraction and not 0 < value <= fraction[name]:
-            raise UserError(f"{option} must be above 0" + " and at most 1" * (fraction[name] == 1) + f", not {value}.")
-        if type(value) in (int, float) and name not in fraction and not lowest.get(name, 1) <= value < math.inf:
+        if name in highest and not 0 < value <= highest[name]:
+            raise UserError(f"{option} must be above 0" + " and at most 1" * (highest[name] == 1) + f", not {value}.")
+        if type(value) in (int, float) and name not in highest and not lowest.get(name, 1) <= value < math.inf:
             hint = "; to start without data, type --dataset none" * (name == "num_demos")
             raise UserError(f"{option} must be at least {lowest.get(name, 1)}, not {value}{hint}.")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -607,11 +607,9 @@ class RunLog:
         try:
             self.dir.mkdir(parents=True)
             (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            (self.dir / "metrics.csv").write_text(",".join(COLUMNS) + "\n")
         except OSError as error:
             raise UserError(f"The folder {self.dir} cannot be made: {error.strerror}.") from error
-        self.file = open(self.dir / "metrics.csv", "w", newline="", buffering=1)
-        self.writer = csv.DictWriter(self.file, COLUMNS)
-        self.writer.writeheader()
         self.values = defaultdict(list)
 
     def record(self, values: dict[str, float | Tensor]) -> None:
@@ -620,7 +618,8 @@ class RunLog:
 
     def write_row(self, step: int) -> dict[str, float]:
         means = {name: float(np.mean([float(value) for value in values])) for name, values in self.values.items()}
-        self.writer.writerow({"global_step": step} | means)
+        with open(self.dir / "metrics.csv", "a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"global_step": step} | means)
         self.values.clear()
         return means
 
@@ -628,6 +627,7 @@ class RunLog:
 def main(args: Args) -> dict:
     """Trains, or evaluates a file. Returns: the numbers of the summary. Raises: UserError, and after saving KeyboardInterrupt and
     FloatingPointError."""
+    start_time = time.time()
     check_args(args)
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
@@ -643,7 +643,7 @@ def main(args: Args) -> dict:
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, args.chunk_size, args.gamma, device)
     demos = make_demonstrations(args) if args.dataset == "scripted" else []
 
-    log, start, step, summary, best = RunLog(args), time.time(), 0, {}, (-math.inf, -math.inf)
+    log, step, summary, best = RunLog(args), 0, {}, (-math.inf, -math.inf)
 
     def evaluate_and_save(num_episodes):
         nonlocal best
@@ -715,7 +715,7 @@ def main(args: Args) -> dict:
         log.write_row(step)
         summary["stopped"] = str(error) or type(error).__name__
 
-    summary |= {"env_steps": step, "wall_time_s": round(time.time() - start, 1)}
+    summary |= {"env_steps": step, "wall_time_s": round(time.time() - start_time, 1)}
     if result:
         interval = wilson_interval(result["successes"], result["episodes"])
         summary |= {"final_success": result["success"], "final_return": result["return"], "final_success_interval": interval}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import poco
-from poco import Args, Batch, CriticEnsemble, FlowPolicy, ReplayBuffer, Trajectory, UserError
+from poco import Args, CriticEnsemble, FlowPolicy, ReplayBuffer, Trajectory
 
 SCRIPT = Path(poco.__file__)
 torch.set_num_threads(1)
@@ -216,10 +216,13 @@ def two_mode_bandit(**settings):
     args = Args(num_candidates=8, posterior_batch_size=64, **settings)
     policy = FlowPolicy(obs_dim=1, chunk_dim=1, hidden_dim=64, flow_steps=10)
     optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
-    value = lambda obs, chunk: (chunk.T > 0).float()  # noqa: E731, stands for the critics (M, B)
+
+    def value(obs, chunk):  # stands for the critics, (M, B)
+        return (chunk.T > 0).float()
+
     for step in range(1200):
         chunk = torch.where(torch.rand(128, 1) < 0.2, 0.5, -0.5) + 0.05 * torch.randn(128, 1)
-        batch = Batch(torch.zeros(128, 1), chunk, None, None, None, torch.ones(128, 1))
+        batch = poco.Batch(torch.zeros(128, 1), chunk, None, None, None, torch.ones(128, 1))
         if step < 600:
             poco.gradient_step(optimizer, policy.bc_loss(batch.obs, chunk, None).mean(), "bc")
         else:
@@ -368,7 +371,10 @@ def test_evaluation_counts_every_seed_once():
 
 def test_best_of_n_takes_the_candidate_the_critics_prefer():
     policy = FlowPolicy(obs_dim=2, chunk_dim=4)
-    critic = lambda obs, chunk: torch.stack([chunk[:, 0] + obs[:, 0], chunk[:, 0]])  # noqa: E731
+
+    def critic(obs, chunk):
+        return torch.stack([chunk[:, 0] + obs[:, 0], chunk[:, 0]])
+
     obs = np.zeros((6, 2))
     noise = torch.randn(6 * 8, 4, generator=torch.Generator().manual_seed(3))
     candidates = policy.sample(torch.zeros(48, 2), noise).view(6, 8, 4)
@@ -556,7 +562,7 @@ def test_policy_file_of_another_environment(reach):
 
 
 def test_unbounded_actions():
-    with pytest.raises(UserError, match="bounded"):
+    with pytest.raises(poco.UserError, match="bounded"):
         poco.make_env("NoBounds-v0", 2)
 
 
@@ -579,6 +585,6 @@ def test_damaged_and_malicious_policy_files(reach, tmp_path, monkeypatch):
     torch.save(content | {"args": content["args"] | {"hidden_dim": -5}}, "bad_args")
     torch.save([1, 2], "not_a_dict")
     for name in (*files, "torch_pickle", "other_method", "other_shapes", "bad_args", "not_a_dict"):
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(poco.UserError, match=name):
             poco.load_policy(Path(name), torch.device("cpu"))
     assert not Path("code_was_run").exists()

@@ -1,4 +1,4 @@
-"""Draws success against environment steps from run folders, one line per setting, and prints the table of the same runs.
+"""Draws success against environment steps from run folders, one line for each setting, and prints their table.
 
 pip install matplotlib && python assets/plot.py runs/* --out assets/success.svg
 """
@@ -25,38 +25,46 @@ parser.add_argument("runs", nargs="+", type=Path, help="run folders; those witho
 parser.add_argument("--out", type=Path, default=Path("assets/success.svg"))
 options = parser.parse_args()
 
-groups = defaultdict(list)  # (environment, settings other than the defaults) -> runs
+groups = defaultdict(list)  # (environment, arguments other than the defaults) -> runs
 ignored = {"env_id", "seed", "total_timesteps", "torch_threads", "device"}
 for folder in options.runs:
-    if (folder / "summary.json").is_file():
-        args = json.loads((folder / "args.json").read_text())
-        changed = [f"{name} {args[name]:g}" for name, default in vars(poco.Args()).items() if name not in ignored and args[name] != default]
-        rows = [row for row in csv.DictReader((folder / "metrics.csv").open()) if row["eval/success"]]
-        groups[args["env_id"], ", ".join(changed) or "defaults"].append(
-            (args["seed"], rows, json.loads((folder / "summary.json").read_text()))
-        )
+    if not (folder / "summary.json").is_file():
+        continue
+    args = json.loads((folder / "args.json").read_text())
+    changed = [f"{name} {args[name]:g}" for name, value in vars(poco.Args()).items() if name not in ignored and args[name] != value]
+    with open(folder / "metrics.csv") as file:
+        curve = {int(row["global_step"]): float(row["eval/success"]) for row in csv.DictReader(file) if row["eval/success"]}
+    summary = json.loads((folder / "summary.json").read_text())
+    groups[args["env_id"], ", ".join(changed) or "defaults"].append((args["seed"], curve, summary))
 
-environments = sorted({env_id for env_id, _ in groups}, key=lambda env_id: (env_id != "FetchPickAndPlace-v4", env_id))
-figure, axes = plt.subplots(1, len(environments), figsize=(1 + 4 * len(environments), 3.6), sharey=True, squeeze=False)
-print(
-    "| environment | settings | seeds | clone | at the end | lowest after going online | env steps | minutes |\n|---|---|---|---|---|---|---|---|"
-)
-for (env_id, label), runs in sorted(
-    groups.items(), key=lambda item: (environments.index(item[0][0]), item[0][1] != "defaults", item[0][1])
-):
-    runs.sort(key=lambda run: run[0])
-    shared = sorted(set.intersection(*({int(row["global_step"]) for row in rows} for _, rows, _ in runs)))
-    curves = np.array([[float(row["eval/success"]) for row in rows if int(row["global_step"]) in shared] for _, rows, _ in runs])
+
+def order(item):
+    (env_id, setting), _ = item
+    return env_id != "FetchPickAndPlace-v4", env_id, setting != "defaults", setting
+
+
+environments = list(dict.fromkeys(env_id for (env_id, _), _ in sorted(groups.items(), key=order)))
+figure, axes = plt.subplots(1, len(environments), figsize=(1 + 4 * len(environments), 3.8), sharey=True, squeeze=False)
+titles = ("environment", "arguments", "seeds", "clone", "at the end", "lowest on the way", "environment steps", "minutes")
+print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+for (env_id, setting), runs in sorted(groups.items(), key=order):
+    seeds, curves, summaries = zip(*sorted(runs, key=lambda run: run[0]), strict=True)
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    values = np.array([[curve[step] for step in steps] for curve in curves])
     axis = axes[0, environments.index(env_id)]
-    (line,) = axis.plot(shared, curves.mean(0), label=label)
-    axis.fill_between(shared, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    (line,) = axis.plot(steps, values.mean(0), label=setting)
+    axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
     axis.set(title=env_id, xlabel="online environment steps", ylim=(0, 1.02))
-    cells = [" ".join(str(seed) for seed, _, _ in runs)]
-    cells += [" ".join(f"{100 * summary[key]:.0f}" for _, _, summary in runs) for key in ("bc_success", "final_success")]
-    cells.append(" ".join(f"{100 * curve[1:].min():.0f}" for curve in curves))
-    cells += [str(runs[0][2]["env_steps"]), " ".join(f"{summary['wall_time_s'] / 60:.1f}" for _, _, summary in runs)]
-    print(f"| {env_id} | {label} | {' | '.join(cells)} |")
-axes[0, 0].set_ylabel("success (mean and range over seeds)")
+    columns = [
+        [str(seed) for seed in seeds],
+        [f"{100 * summary['bc_success']:.0f}" for summary in summaries],
+        [f"{100 * summary['final_success']:.0f}" for summary in summaries],
+        [f"{100 * min(list(curve.values())[1:]):.0f}" for curve in curves],
+        [str(summaries[0]["env_steps"])],
+        [f"{summary['wall_time_s'] / 60:.1f}" for summary in summaries],
+    ]
+    print(f"| {env_id} | {setting} | {' | '.join(', '.join(column) for column in columns)} |")
+axes[0, 0].set_ylabel("success, mean and range over seeds")
 for axis in axes[0]:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="lower right")
