@@ -7,6 +7,7 @@ import argparse
 import csv
 import json
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -52,9 +53,9 @@ for (env_id, setting), runs in sorted(groups.items(), key=order):
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = np.array([[curve[step] for step in steps] for curve in curves])
     axis = axes[0, environments.index(env_id)]
-    (line,) = axis.plot(steps, values.mean(0), label=setting)
-    axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axis.set(title=env_id, xlabel="online environment steps", ylim=(0, 1.02))
+    (line,) = axis.plot(np.array(steps) / 1000, values.mean(0), label=textwrap.fill(setting, 36))
+    axis.fill_between(np.array(steps) / 1000, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set(title=env_id, xlabel="online environment steps / 1000", ylim=(0, 1.02))
     columns = [
         [str(seed) for seed in seeds],
         [f"{100 * summary['bc_success']:.0f}" for summary in summaries],
@@ -67,6 +68,6 @@ for (env_id, setting), runs in sorted(groups.items(), key=order):
 axes[0, 0].set_ylabel("success, mean and range over seeds")
 for axis in axes[0]:
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, loc="lower right")
+    axis.legend(fontsize=6, loc="best")
 figure.tight_layout()
 figure.savefig(options.out)
