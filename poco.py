@@ -246,7 +246,7 @@ def fetch_push(obs):
     to_goal, rel = (obs[3:6] - obs[9:12]) * [1, 1, 0], -obs[12:15]  # from the object to the goal, to the gripper
     distance = np.linalg.norm(to_goal)
     if distance < 0.03:
-        return go(np.array([0, 0, 0.25 - rel[2]]))
+        return go(np.array([0, 0, 0.25 - rel[2]]))  # well out of the object's way
     line = to_goal / distance
     along = rel @ line
     wrong = max(np.linalg.norm((rel - along * line)[:2]) - 0.01, 0) + max(along + 0.04, 0)  # metres beside the line, ahead
@@ -564,7 +564,7 @@ def load_policy(path: Path, device: torch.device) -> tuple[Args, FlowPolicy, Cri
         raise UserError(f"There is no policy file {path}.")
     try:
         content = torch.load(path, map_location=device, weights_only=True)  # never unpickles arbitrary objects
-        method, args = content["method"], Args(**content["args"])
+        method, args = content["method"], Args(**(content["args"] | {"device": "auto"}))  # trained elsewhere, perhaps on CUDA
         check_args(args)
     except Exception as error:  # a damaged file can make torch raise anything
         raise UserError(f"{path} is damaged or not a policy file ({type(error).__name__}).") from error

@@ -571,6 +571,14 @@ class Malicious:
         return (os.mkdir, ("code_was_run",))
 
 
+def test_policy_trained_on_cuda_loads_without_cuda(reach, tmp_path):
+    _, run_dir, _, _ = reach
+    content = torch.load(run_dir / "policy.pt", weights_only=True)
+    torch.save(content | {"args": content["args"] | {"device": "cuda"}}, tmp_path / "policy.pt")
+    args, _, _ = poco.load_policy(tmp_path / "policy.pt", torch.device("cpu"))
+    assert args.env_id == "FetchReach-v4"
+
+
 def test_damaged_and_malicious_policy_files(reach, tmp_path, monkeypatch):
     _, run_dir, _, _ = reach
     monkeypatch.chdir(tmp_path)
