@@ -70,6 +70,8 @@ class Args:
     # offline phase
     bc_steps: int = 700
     """gradient steps of behaviour cloning"""
+    bc_success_cap: float = 1.0
+    """below 1: stop cloning before the success rate passes this, for a poor start on purpose"""
     batch_size: int = 256
     """chunks in a batch, offline and online"""
     learning_rate: float = 1e-3
@@ -93,7 +95,7 @@ class Args:
     q_aggregation: Literal["mean", "min"] = "mean"
     """how the critics' values become one"""
     best_of_n: int = 1
-    """act with the best of n candidates by the target critics; 1 is the paper's rule"""
+    """act with the best of n candidates by the target critics; 1: with a single sample of the ODE policy"""
 
     # POCO
     num_candidates: int = 16
@@ -122,21 +124,27 @@ class Args:
             self.env_id = "FetchPickAndPlace-v4"
 
 
+LOWEST = {"seed": 0, "demo_noise": 0, "critic_warmup_steps": 0, "utd_ratio": 0, "posterior_coef": 0}  # of the other numbers: 1
+HIGHEST = {  # and above 0
+    "gamma": 1, "tau": 1, "bc_success_cap": 1, "learning_rate": math.inf, "temperature": math.inf, "clip_threshold": math.inf,
+}  # fmt: skip
+
+
 class UserError(Exception):
     """A mistake at the keyboard, in one sentence: what is wrong and what was expected."""
 
 
 def check_args(args: Args) -> None:
     """Raises: UserError for a value that no run can work with."""
-    lowest = {"seed": 0, "demo_noise": 0, "critic_warmup_steps": 0, "utd_ratio": 0, "posterior_coef": 0}  # of the others: 1
-    highest = {"gamma": 1, "tau": 1, "temperature": math.inf, "clip_threshold": math.inf, "learning_rate": math.inf}  # and above 0
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
-        if name in highest and not 0 < value <= highest[name]:
-            raise UserError(f"{option} must be above 0" + " and at most 1" * (highest[name] == 1) + f", not {value}.")
-        if type(value) in (int, float) and name not in highest and not lowest.get(name, 1) <= value < math.inf:
+        if name in HIGHEST and not 0 < value <= HIGHEST[name]:
+            raise UserError(f"{option} must be above 0" + " and at most 1" * (HIGHEST[name] == 1) + f", not {value}.")
+        if type(value) in (int, float) and name not in HIGHEST and not LOWEST.get(name, 1) <= value < math.inf:
             hint = "; to start without data, type --dataset none" * (name == "num_demos")
-            raise UserError(f"{option} must be at least {lowest.get(name, 1)}, not {value}{hint}.")
+            raise UserError(f"{option} must be at least {LOWEST.get(name, 1)}, not {value}{hint}.")
+    if args.buffer_size < args.batch_size:
+        raise UserError(f"--buffer-size {args.buffer_size} is below --batch-size {args.batch_size}.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; type --device cpu or --device auto.")
     if args.render and not args.evaluate:
@@ -518,9 +526,9 @@ def choose_chunks(policy, critic, best_of_n: int, generator: torch.Generator, ob
     return chunks.view(len(best), best_of_n, -1).take_along_dim(best[..., None], dim=1).squeeze(1).cpu().numpy()
 
 
-def evaluate(policy, critic, args: Args, num_episodes: int, render_mode: str | None = None) -> dict[str, float]:
+def evaluate(policy, critic, args: Args, best_of_n: int, num_episodes: int, render_mode: str | None = None) -> dict[str, float]:
     """Runs the policy on episodes with the seeds 0, 1, ..., the same for all runs. Returns: success and return, means over the episodes."""
-    act = partial(choose_chunks, policy, critic, args.best_of_n, torch.Generator().manual_seed(0))
+    act = partial(choose_chunks, policy, critic, best_of_n, torch.Generator().manual_seed(0))
     episodes = collect_episodes(args, act, args.chunk_size, range(num_episodes), render_mode)
     success = [episode.success for episode in episodes]
     mean_return = float(np.mean([episode.rewards.sum() for episode in episodes]))
@@ -584,8 +592,9 @@ def evaluate_file(args: Args, device: torch.device) -> dict[str, float]:
     saved, policy, critic = load_policy(args.evaluate, device)
     if args.env_id not in (None, saved.env_id):
         raise UserError(f"{args.evaluate} is a policy for {saved.env_id} and not for {args.env_id}.")
-    result = evaluate(policy, critic, saved, FINAL_EPISODES, "human" if args.render else None)
-    print(f"{saved.env_id}: {result_line(result)}")
+    for best_of_n in sorted({1, saved.best_of_n}):
+        result = evaluate(policy, critic, saved, best_of_n, FINAL_EPISODES, "human" if args.render else None)
+        print(f"{saved.env_id}, {f'best of {best_of_n}' if best_of_n > 1 else 'ODE policy'}: {result_line(result)}")
     return result
 
 
@@ -593,24 +602,25 @@ def evaluate_file(args: Args, device: torch.device) -> dict[str, float]:
 
 FINAL_EPISODES = 100
 COLUMNS = (
-    "global_step", "eval/success", "eval/return", "charts/success", "charts/episodic_return", "charts/buffer_size", "losses/qf_loss",
+    "global_step", "eval/success", "eval/return", "eval/ode_success", "charts/success", "charts/episodic_return", "charts/buffer_size", "losses/qf_loss",
     "losses/qf_values", "losses/actor_loss", "losses/bc_loss", "losses/candidate_loss", "losses/effective_samples", "losses/clip_fraction",
     "losses/candidate_q_std",
 )  # fmt: skip
 
 
 class RunLog:
-    """The folder of a run: args.json, metrics.csv with the means since the row before, policy files, summary.json."""
+    """The folder of a run: args.json, metrics.csv with the means since the row before, wall_time.csv, policy files, summary.json."""
 
-    def __init__(self, args: Args):
+    def __init__(self, args: Args, start_time: float):
+        self.start_time, self.values = start_time, defaultdict(list)
         self.dir = Path("runs") / f"{args.env_id}__{METHOD}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             self.dir.mkdir(parents=True)
             (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
             (self.dir / "metrics.csv").write_text(",".join(COLUMNS) + "\n")
+            (self.dir / "wall_time.csv").write_text("global_step,seconds\n")  # apart, so that equal runs have equal metrics
         except OSError as error:
             raise UserError(f"The folder {self.dir} cannot be made: {error.strerror}.") from error
-        self.values = defaultdict(list)
 
     def record(self, values: dict[str, float | Tensor]) -> None:
         for name, value in values.items():
@@ -620,6 +630,8 @@ class RunLog:
         means = {name: float(np.mean([float(value) for value in values])) for name, values in self.values.items()}
         with open(self.dir / "metrics.csv", "a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"global_step": step} | means)
+        with open(self.dir / "wall_time.csv", "a") as file:
+            file.write(f"{step},{time.time() - self.start_time:.1f}\n")
         self.values.clear()
         return means
 
@@ -643,13 +655,15 @@ def main(args: Args) -> dict:
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, args.chunk_size, args.gamma, device)
     demos = make_demonstrations(args) if args.dataset == "scripted" else []
 
-    log, step, summary, best = RunLog(args), 0, {}, (-math.inf, -math.inf)
+    log, step, summary, best = RunLog(args, start_time), 0, {}, (-math.inf, -math.inf)
 
     def evaluate_and_save(num_episodes):
         nonlocal best
-        result = evaluate(policy, target_critic, args, num_episodes)
-        tqdm.write(f"step {step:>7}: {result_line(result)}")
-        log.record({"eval/success": result["success"], "eval/return": result["return"]})
+        single = evaluate(policy, target_critic, args, 1, num_episodes)
+        choosing = args.best_of_n > 1 and step > 0  # at the start the critics know nothing
+        result = evaluate(policy, target_critic, args, args.best_of_n, num_episodes) if choosing else single
+        tqdm.write(f"step {step:>7}: {result_line(result)}" + f"; ODE policy {single['success']:.2f}" * choosing)
+        log.record({"eval/success": result["success"], "eval/return": result["return"], "eval/ode_success": single["success"]})
         save_policy(log.dir / "policy.pt", policy, target_critic, args)
         score = float(np.nan_to_num(result["success"])), result["return"]  # without is_success the return decides
         if score >= best:
@@ -669,11 +683,17 @@ def main(args: Args) -> dict:
             for episode in demos:
                 buffer.add_episode(episode)
             fit_normalizers()
-            for _ in tqdm(range(args.bc_steps), desc="behaviour cloning", leave=False):
+            below_cap = copy.deepcopy(policy.state_dict())
+            for bc_step in tqdm(range(1, args.bc_steps + 1), desc="behaviour cloning", leave=False):
                 batch = buffer.sample(args.batch_size)
                 loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
                 gradient_step(policy_optimizer, loss, "behaviour-cloning")
                 log.record({"losses/bc_loss": loss.detach()})
+                if args.bc_success_cap < 1 and (bc_step % 50 == 0 or bc_step == args.bc_steps):
+                    if evaluate(policy, critic, args, 1, FINAL_EPISODES)["success"] > args.bc_success_cap:
+                        policy.load_state_dict(below_cap)
+                        break
+                    below_cap = copy.deepcopy(policy.state_dict())
         result = evaluate_and_save(FINAL_EPISODES)
         summary["bc_success"] = result["success"]
         log.write_row(step)
@@ -681,7 +701,7 @@ def main(args: Args) -> dict:
         # online: act, evaluate actions, improve the policy
         act = partial(choose_chunks, policy, target_critic, args.best_of_n, torch.Generator().manual_seed(args.seed))
         make, seeds = partial(make_env, args.env_id, args.chunk_size), itertools.count((2 * args.seed + 2) * 10**6)
-        learning, recent, bar = bool(demos), deque(maxlen=50), tqdm(total=args.total_timesteps, unit="step")
+        fitted, recent, bar = bool(demos), deque(maxlen=50), tqdm(total=args.total_timesteps, unit="step")
         for finished in rollout(make, args.num_envs, act, args.chunk_size, seeds):
             for episode in finished:
                 buffer.add_episode(episode)
@@ -690,9 +710,10 @@ def main(args: Args) -> dict:
             previous, step = step, step + args.num_envs
             bar.update(args.num_envs)
             last = step >= args.total_timesteps
-            if not learning and buffer.size >= args.batch_size:  # without data there was nothing to learn from before
+            learning = buffer.size >= args.batch_size
+            if learning and not fitted:  # there were no demonstrations
                 fit_normalizers()
-                learning = True
+                fitted = True
             for _ in range(int(step * args.utd_ratio) - int(previous * args.utd_ratio) if learning else 0):
                 batch = buffer.sample(args.batch_size)
                 log.record(update_critic(policy, critic, target_critic, critic_optimizer, batch, args))

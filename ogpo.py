@@ -1,0 +1,857 @@
+"""OGPO (arXiv 2605.03065): off-policy PPO on the whole denoising chain of a flow policy over action chunks, in one file.
+
+    python ogpo.py --env-id FetchPickAndPlace-v4                          clone scripted demonstrations, then improve online
+    python ogpo.py --env-id FetchPickAndPlace-v4 --bc-success-cap 0.45    the same from a poor clone
+    python ogpo.py --evaluate runs/.../policy.pt --render                 watch the result
+
+Letters in shapes: B batch, O observation, A action, T chunk_size, D = T * A, K flow_steps, G chains, M critics, E environments.
+"""
+
+import copy
+import csv
+import difflib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import gymnasium_robotics
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+METHOD = "ogpo"
+gym.register_envs(gymnasium_robotics)
+
+
+@dataclass
+class Args:
+    # run
+    seed: int = 1
+    """seed of everything random: networks, demonstrations, noise, episodes"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one"""
+    torch_threads: int | None = None
+    """CPU threads of torch (default: torch's own choice)"""
+    log_interval: int = 500
+    """environment steps between two rows of metrics.csv"""
+
+    # task and data
+    env_id: str | None = None
+    """Gymnasium id of an environment with a bounded Box action space (default: FetchPickAndPlace-v4; with --evaluate: the file's)"""
+    dataset: Literal["scripted", "none"] = "scripted"
+    """scripted: demonstrations of a built-in controller; none: empty buffer and no behaviour cloning"""
+    num_demos: int = 100
+    """demonstration episodes"""
+    demo_noise: float = 0.4
+    """standard deviation of the Gaussian noise on the demonstrator's actions, which lie in [-1, 1]"""
+
+    # networks
+    hidden_dim: int = 256
+    """width of the three hidden layers of policy and critics"""
+    chunk_size: int = 5
+    """T, actions in one chunk, executed open loop"""
+    flow_steps: int = 5
+    """K, Euler steps from noise to chunk"""
+    num_critics: int = 5
+    """M, members of the critic ensemble"""
+
+    # offline phase
+    bc_steps: int = 700
+    """gradient steps of behaviour cloning"""
+    bc_success_cap: float = 1.0
+    """below 1: stop cloning before the success rate passes this, for a poor start on purpose"""
+    batch_size: int = 256
+    """chunks in a batch, offline and online"""
+    learning_rate: float = 1e-3
+    """step size of Adam, for policy and critics"""
+
+    # online phase
+    total_timesteps: int = 20_000
+    """online environment steps"""
+    num_envs: int = 4
+    """environments stepped side by side"""
+    buffer_size: int = 1_000_000
+    """capacity of the replay buffer in environment steps"""
+    critic_warmup_steps: int = 2_000
+    """environment steps at the start in which the critics learn and the policy stays the clone"""
+    utd_ratio: float = 0.5
+    """gradient updates per environment step"""
+    gamma: float = 0.98
+    """discount per environment step"""
+    tau: float = 0.005
+    """Polyak rate of the target critics"""
+    q_aggregation: Literal["mean", "min"] = "mean"
+    """how the critics' values become one"""
+    best_of_n: int = 4
+    """act with the best of n candidates by the target critics; 1: with a single sample of the ODE policy"""
+
+    # OGPO
+    group_size: int = 8
+    """G, chains per state"""
+    ppo_batch_size: int = 32
+    """states of the batch that get a group of chains"""
+    sigma: float = 0.1
+    """noise of the stochastic sampler; the chunks' distribution does not depend on it"""
+    clip_epsilon: float = 0.02
+    """the ratio of the normalised chain probabilities is clipped to 1 +- epsilon"""
+    ppo_learning_rate: float = 1e-4
+    """step size of Adam for the policy online"""
+    policy_tau: float = 0.05
+    """Polyak rate of the old policy, from which the chains come"""
+    conservative: bool = True
+    """OGPO+CA: count an advantage only where all critics agree on its sign"""
+    success_coef: float = 0.5
+    """OGPO+: weight of the flow-matching loss on the online episodes that succeeded; 0 switches it off"""
+    chi2_coef: float = 0.0
+    """weight of the chi-squared penalty for leaving the slow policy; 0 switches it off"""
+    chi2_sharpness: float = 5.0
+    """how fast pessimism over the critics sets in as the probability ratio to the slow policy passes 1"""
+    chi2_tau: float = 5e-4
+    """Polyak rate of the slow policy"""
+    next_samples: int = 1
+    """chunks per next state in the TD target; more reduce its variance"""
+    next_reduction: Literal["mean", "median"] = "mean"
+    """how their values become one"""
+
+    # evaluation
+    eval_interval: int = 2_500
+    """environment steps between two evaluations"""
+    eval_episodes: int = 50
+    """episodes of an evaluation on the way; that of the clone, the last one and --evaluate have 100"""
+    evaluate: Path | None = None
+    """evaluate this policy file instead of training"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
+
+    def __post_init__(self):
+        if self.env_id is None and self.evaluate is None:
+            self.env_id = "FetchPickAndPlace-v4"
+
+
+LOWEST = {  # of the other numbers: 1
+    "seed": 0, "demo_noise": 0, "critic_warmup_steps": 0, "utd_ratio": 0, "success_coef": 0, "chi2_coef": 0, "group_size": 2,
+}  # fmt: skip
+HIGHEST = {  # and above 0
+    "gamma": 1, "tau": 1, "bc_success_cap": 1, "policy_tau": 1, "chi2_tau": 1, "learning_rate": math.inf, "ppo_learning_rate": math.inf,
+    "sigma": math.inf, "clip_epsilon": math.inf, "chi2_sharpness": math.inf,
+}  # fmt: skip
+
+
+class UserError(Exception):
+    """A mistake at the keyboard, in one sentence: what is wrong and what was expected."""
+
+
+def check_args(args: Args) -> None:
+    """Raises: UserError for a value that no run can work with."""
+    for name, value in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        if name in HIGHEST and not 0 < value <= HIGHEST[name]:
+            raise UserError(f"{option} must be above 0" + " and at most 1" * (HIGHEST[name] == 1) + f", not {value}.")
+        if type(value) in (int, float) and name not in HIGHEST and not LOWEST.get(name, 1) <= value < math.inf:
+            hint = "; to start without data, type --dataset none" * (name == "num_demos")
+            raise UserError(f"{option} must be at least {LOWEST.get(name, 1)}, not {value}{hint}.")
+    if args.buffer_size < args.batch_size:
+        raise UserError(f"--buffer-size {args.buffer_size} is below --batch-size {args.batch_size}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; type --device cpu or --device auto.")
+    if args.render and not args.evaluate:
+        raise UserError("--render shows the episodes of --evaluate; type --evaluate runs/.../policy.pt --render.")
+    if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        raise UserError("--render needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set.")
+
+
+# Environment and demonstrations
+class Trajectory(NamedTuple):
+    """One episode of n steps: the form in which all data reach the replay buffer."""
+
+    obs: np.ndarray  # (n + 1, O), the last one is where the episode ended
+    actions: np.ndarray  # (n, A) in [-1, 1]
+    rewards: np.ndarray  # (n,)
+    terminated: bool  # False: cut off by the time limit
+    success: float  # is_success at the last step, NaN if the environment does not report it
+    seed: int  # of the reset that began it
+
+
+def make_env(env_id: str, chunk_size: int, render_mode: str | None = None) -> gym.Env:
+    """Makes an environment with flat observations (O,) and flat actions (A,) in [-1, 1], whatever its own Box is.
+
+    Raises: UserError if it does not exist, cannot be made, has other actions, or its episodes are shorter than a chunk.
+    """
+    if env_id not in gym.registry:
+        near = difflib.get_close_matches(env_id, gym.registry)
+        raise UserError(f"There is no environment {env_id}." + f" Did you mean {' or '.join(near)}?" * bool(near))
+    try:
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
+    except (gym.error.Error, ImportError) as error:
+        raise UserError(f"{env_id} could not be made: {error}") from error
+    space, limit = env.action_space, env.spec.max_episode_steps
+    if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+        raise UserError(f"{env_id} has the action space {space}; needed is a bounded Box of real numbers.")
+    if limit is not None and chunk_size > limit:
+        raise UserError(f"--chunk-size {chunk_size} is longer than an episode of {env_id}, which has {limit} steps.")
+
+    def to_own_range(action):
+        low, high = space.low.flatten(), space.high.flatten()
+        return (low + (action + 1) / 2 * (high - low)).reshape(space.shape).astype(space.dtype)
+
+    unit_box = gym.spaces.Box(-1, 1, (math.prod(space.shape),))
+    return gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), to_own_range, unit_box)
+
+
+def rollout(make: Callable, num_envs: int, act: Callable, chunk_size: int, seeds: Iterator[int]) -> Iterator[list[Trajectory]]:
+    """Steps num_envs environments for ever, chunks open loop, and yields after each step the episodes that ended in it.
+
+    Args: make() gives an environment; act maps obs (E, O) to chunks (E, D); every reset takes the next seed.
+    Raises: FloatingPointError if an observation or a reward is not finite.
+    """
+    # with autoreset off every step is a real one: no action is ignored, no reset looks like a transition
+    envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    episode_seeds = [next(seeds) for _ in range(num_envs)]
+    obs, _ = envs.reset(seed=episode_seeds)
+    chunks = np.zeros((num_envs, chunk_size, envs.single_action_space.shape[0]), np.float32)
+    cursor = np.zeros(num_envs, int)  # next action of the chunk
+    steps = [[] for _ in range(num_envs)]  # (obs, action, reward) of the unfinished episode
+    while True:
+        fresh = cursor == 0
+        if fresh.any():
+            chunks[fresh] = act(obs[fresh]).reshape(-1, *chunks.shape[1:])
+        actions = chunks[np.arange(num_envs), cursor]
+        next_obs, rewards, terminated, truncated, infos = envs.step(actions)
+        for name, values in (("observation", next_obs), ("reward", rewards)):
+            if not np.isfinite(values).all():
+                raise FloatingPointError(f"the environment's {name} became NaN or infinite")
+        for i in range(num_envs):
+            steps[i].append((obs[i], actions[i], rewards[i]))
+        done, finished = terminated | truncated, []
+        for i in np.flatnonzero(done):
+            episode_obs, *rest = map(np.array, zip(*steps[i], strict=True))
+            success = float(infos["is_success"][i]) if "is_success" in infos else math.nan
+            finished.append(Trajectory(np.vstack([episode_obs, next_obs[i]]), *rest, bool(terminated[i]), success, episode_seeds[i]))
+            steps[i], episode_seeds[i] = [], next(seeds)
+        if finished:
+            next_obs, _ = envs.reset(seed=episode_seeds, options={"reset_mask": done})
+        obs, cursor = next_obs, np.where(done, 0, (cursor + 1) % chunk_size)
+        yield finished
+
+
+def collect_episodes(args: Args, act: Callable, chunk_size: int, seeds: range, render_mode: str | None = None) -> list[Trajectory]:
+    """Runs one episode for each seed. Returns: the episodes in the order of the seeds, so long ones count as often as short ones."""
+    num_envs = 1 if render_mode else min(args.num_envs, len(seeds))
+    make, episodes = partial(make_env, args.env_id, args.chunk_size, render_mode), {}
+    with tqdm(total=len(seeds), unit="episode", leave=False) as bar:
+        for finished in rollout(make, num_envs, act, chunk_size, itertools.count(seeds.start)):
+            episodes |= {episode.seed: episode for episode in finished if episode.seed in seeds}
+            bar.update(len(episodes) - bar.n)
+            if len(episodes) == len(seeds):
+                return [episodes[seed] for seed in seeds]
+
+
+def go(delta, gripper=-1.0):
+    """Action of a proportional step along delta (metres); gripper 1 opens it, -1 closes it."""
+    return np.clip([*(15 * delta), gripper], -1, 1)  # an action of 1 moves about 3.3 cm
+
+
+def fetch_reach(obs):
+    """Moves the gripper to the goal."""
+    return go(obs[3:6] - obs[6:9])
+
+
+def fetch_push(obs):
+    """Swings over the object until in line behind it, pushes it along that line to the goal, rises."""
+    to_goal, rel = (obs[3:6] - obs[9:12]) * [1, 1, 0], -obs[12:15]  # from the object to the goal, to the gripper
+    distance = np.linalg.norm(to_goal)
+    if distance < 0.03:
+        return go(np.array([0, 0, 0.25 - rel[2]]))  # well out of the object's way
+    line = to_goal / distance
+    along = rel @ line
+    wrong = max(np.linalg.norm((rel - along * line)[:2]) - 0.01, 0) + max(along + 0.04, 0)  # metres beside the line, ahead
+    ready = np.clip(1 - wrong / 0.02, 0, 1) * np.clip(1 - rel[2] / 0.03, 0, 1)  # blended, since a switch is hard to clone
+    target = ready * (0.8 * to_goal + along * line) - (1 - ready) * 0.06 * line
+    return go(target - rel + [0, 0, np.clip(3 * wrong, 0, 0.08)])
+
+
+def fetch_pick_and_place(obs):
+    """Hovers over the object, descends, grasps it, carries it to the goal."""
+    to_goal, rel, width = obs[3:6] - obs[9:12], obs[12:15], obs[15] + obs[16]  # rel: from the gripper to the object
+    if np.linalg.norm(rel) < 0.04:  # between the fingers: close them, and once they hold it, carry
+        return go(to_goal if width < 0.055 else rel, -1)
+    hover = np.clip(4 * np.linalg.norm(rel[:2]) - 0.04, 0, 0.08)  # descend only when above it
+    return go(rel + [0, 0, hover], 1)
+
+
+SCRIPTED = {"FetchReach": fetch_reach, "FetchPush": fetch_push, "FetchPickAndPlace": fetch_pick_and_place}
+
+
+def make_demonstrations(args: Args) -> list[Trajectory]:
+    """Runs the scripted controller with Gaussian noise on its actions.
+
+    Returns: args.num_demos episodes, failures included. Raises: UserError if the environment has no built-in demonstrator.
+    """
+    controller, rng = SCRIPTED.get(args.env_id.split("-")[0]), np.random.default_rng(args.seed)
+    if controller is None:
+        raise UserError(
+            f"{args.env_id} has no built-in demonstrator ({', '.join(SCRIPTED)} have); to start without data, type --dataset none."
+        )
+
+    def act(obs):
+        actions = np.array([controller(o) for o in obs])
+        return np.clip(actions + args.demo_noise * rng.standard_normal(actions.shape), -1, 1)
+
+    first_seed = (2 * args.seed + 1) * 10**6
+    return collect_episodes(args, act, 1, range(first_seed, first_seed + args.num_demos))
+
+
+# Replay buffer
+class Batch(NamedTuple):
+    """Windows of T steps, each within one episode."""
+
+    obs: Tensor  # (B, O)
+    chunk: Tensor  # (B, D), zero where not valid
+    reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
+    next_obs: Tensor  # (B, O) after the last valid step
+    terminated: Tensor  # (B,) 1 if that step terminated the episode
+    valid: Tensor  # (B, T) 1 up to the end of the episode, 0 after it
+
+
+class ReplayBuffer:
+    """A ring of environment steps. Each knows how many steps its episode still has, so no window leaves its episode."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, chunk_size: int, gamma: float, device: torch.device | str = "cpu"):
+        self.capacity, self.chunk_size, self.gamma, self.device = capacity, chunk_size, gamma, device
+        self.obs, self.next_obs = torch.zeros(2, capacity, obs_dim, device=device)
+        self.actions = torch.zeros(capacity, action_dim, device=device)
+        self.rewards, self.terminated = torch.zeros(2, capacity, device=device)
+        self.steps_left = torch.zeros(capacity, dtype=torch.long, device=device)  # in the episode, this one included
+        self.position, self.size = 0, 0
+
+    def add_episode(self, episode: Trajectory) -> None:
+        """Writes an episode over the oldest steps; of one longer than the buffer the end is kept."""
+        n, kept = len(episode.actions), min(len(episode.actions), self.capacity)
+        rows = (self.position + torch.arange(n, device=self.device))[-kept:] % self.capacity
+        left = np.arange(n, 0, -1)
+        columns = (
+            (self.obs, episode.obs[:-1]),
+            (self.next_obs, episode.obs[1:]),
+            (self.actions, episode.actions),
+            (self.rewards, episode.rewards),
+            (self.terminated, (left == 1) * episode.terminated),
+            (self.steps_left, left),
+        )
+        for column, values in columns:
+            column[rows] = torch.as_tensor(values[-kept:], dtype=column.dtype, device=self.device)
+        self.position, self.size = (self.position + n) % self.capacity, min(self.size + n, self.capacity)
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draws windows whose first steps are uniform over the buffer."""
+        start = torch.randint(self.size, (batch_size,), device=self.device)
+        step = torch.arange(self.chunk_size, device=self.device)
+        valid = (step < self.steps_left[start, None]).float()  # (B, T)
+        rows = (start[:, None] + step) % self.capacity
+        last = (start + valid.sum(1).long() - 1) % self.capacity
+        chunk = (self.actions[rows] * valid[..., None]).flatten(1)
+        reward = (self.rewards[rows] * valid * self.gamma**step).sum(1)
+        return Batch(self.obs[start], chunk, reward, self.next_obs[last], self.terminated[last], valid)
+
+
+# Flow policy
+class Normalizer(nn.Module):
+    """Shifts and scales observations by statistics that travel in the state dict."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def fit(self, obs: Tensor) -> None:
+        """Takes the statistics of obs (n, O); a feature that is constant there is only shifted."""
+        std, mean = torch.std_mean(obs, dim=0, correction=0)
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std < 1e-4, 1.0, std))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) / self.std).clamp(-10, 10)
+
+
+class FlowPolicy(nn.Module):
+    """Flow matching over action chunks along straight lines from noise (t = 0) to chunk (t = 1)."""
+
+    def __init__(self, obs_dim: int, chunk_dim: int, hidden_dim: int = 256, flow_steps: int = 5):
+        super().__init__()
+        self.chunk_dim, self.flow_steps = chunk_dim, flow_steps
+        self.normalize = Normalizer(obs_dim)
+        widths = [obs_dim + chunk_dim + 1] + [hidden_dim] * 3
+        hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.SiLU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(hidden_dim, chunk_dim))
+
+    def velocity(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity v(x, t, s) of the flow. Args: obs (B, O), x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
+        return self.net(torch.cat([self.normalize(obs), x, t], dim=1))
+
+    def bc_loss(self, obs: Tensor, chunk: Tensor, valid: Tensor | None, noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
+        """Flow-matching loss L_BC: squared error of the velocity, averaged over the valid entries of each chunk.
+
+        Args: obs (B, O); chunk (B, D) in [-1, 1]; valid (B, T), None for all; noise x_0 (B, D) and time (B, 1), drawn if None.
+        Returns: (B,).
+        """
+        x_0 = torch.randn_like(chunk) if noise is None else noise
+        t = torch.rand_like(chunk[:, :1]) if time is None else time
+        x_t = (1 - t) * x_0 + t * chunk
+        error = (self.velocity(obs, x_t, t) - (chunk - x_0)) ** 2  # (B, D)
+        if valid is None:
+            return error.mean(1)
+        mask = valid.repeat_interleave(chunk.shape[1] // valid.shape[1], dim=1)  # (B, D)
+        return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def sample(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Follows the flow in K Euler steps. Args: obs (B, O); noise x_0 (B, D), drawn if None. Returns: chunks (B, D) in [-1, 1]."""
+        x = torch.randn(len(obs), self.chunk_dim, device=obs.device) if noise is None else noise
+        for k in range(self.flow_steps):
+            t = torch.full_like(x[:, :1], k / self.flow_steps)
+            x = x + self.velocity(obs, x, t) / self.flow_steps
+        return x.clamp(-1, 1)
+
+
+# Critic
+class EnsembleLinear(nn.Module):
+    """M linear layers in one batched product, initialised as nn.Linear is."""
+
+    def __init__(self, num_critics: int, in_dim: int, out_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_critics, in_dim, out_dim).uniform_(-(in_dim**-0.5), in_dim**-0.5))
+        self.bias = nn.Parameter(torch.empty(num_critics, 1, out_dim).uniform_(-(in_dim**-0.5), in_dim**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)  # (M, B, in) -> (M, B, out)
+
+
+class CriticEnsemble(nn.Module):
+    """M independent chunk values Q(s, chunk), MLPs with LayerNorm in the hidden layers."""
+
+    def __init__(self, obs_dim: int, chunk_dim: int, num_critics: int, hidden_dim: int = 256):
+        super().__init__()
+        self.num_critics = num_critics
+        self.normalize = Normalizer(obs_dim)
+        layers = []
+        for i, o in itertools.pairwise([obs_dim + chunk_dim] + [hidden_dim] * 3):
+            layers += [EnsembleLinear(num_critics, i, o), nn.LayerNorm(o, elementwise_affine=False), nn.SiLU()]
+        self.net = nn.Sequential(*layers, EnsembleLinear(num_critics, hidden_dim, 1))
+
+    def forward(self, obs: Tensor, chunk: Tensor) -> Tensor:
+        """Args: obs (B, O), chunk (B, D). Returns: Q (M, B)."""
+        x = torch.cat([self.normalize(obs), chunk], dim=1)
+        return self.net(x.expand(self.num_critics, -1, -1)).squeeze(2)
+
+
+# The algorithm
+def aggregate(q: Tensor, how: str) -> Tensor:
+    """One value from the ensemble's. Args: q (M, ...); how, "mean" or "min". Returns: (...)."""
+    return q.mean(0) if how == "mean" else q.amin(0)
+
+
+def td_target(reward: Tensor, next_q: Tensor, terminated: Tensor, gamma: float, chunk_size: int) -> Tensor:
+    """T-step target y = sum_i gamma^i r_{t+i} + gamma^T (1 - terminated) Q(s_{t+T}, chunk'), chunk' from the policy.
+
+    Args: reward (B,), the discounted sum; next_q (B,), aggregated target value; terminated (B,), 0 for a time limit. Returns: (B,).
+    """
+    return reward + gamma**chunk_size * (1 - terminated) * next_q
+
+
+def critic_loss(q: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Squared TD error over whole windows, since a padded one was never executed. Args: q (M, B), target (B,), valid (B, T)."""
+    whole = valid[:, -1]
+    return ((q - target) ** 2 * whole).sum() / (len(q) * whole.sum().clamp(min=1))
+
+
+def reduce_next_q(next_q: Tensor, how: str) -> Tensor:
+    """Q-variance reduction: one value from those of several next chunks. Args: next_q (B, n); how, "mean" or "median". Returns: (B,)."""
+    return next_q.mean(1) if how == "mean" else next_q.quantile(0.5, dim=1)
+
+
+def chain_step(policy, obs: Tensor, x: Tensor, t: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """One stochastic Euler step of the flow, x_{k+1} ~ N(mean, std^2). The drift is corrected by (sigma_t^2 / 2) * score with
+    sigma_t = sigma sqrt(1 - t) and score = (t v - x) / (1 - t), so the marginals stay those of the ODE for every sigma.
+
+    Args: obs (B, O); x (B, D); t (B, 1) in [0, 1). Returns: mean (B, D), std (B, 1).
+    """
+    dt = 1 / policy.flow_steps
+    v = policy.velocity(obs, x, t)
+    mean = x + dt * (v + sigma**2 / 2 * (t * v - x))  # 1 - t cancels
+    return mean, sigma * torch.sqrt((1 - t) * dt)
+
+
+@torch.no_grad()
+def sample_chain(policy, obs: Tensor, sigma: float, noise: Tensor | None = None) -> Tensor:
+    """Draws the denoising chain x_0, ..., x_K of the stochastic sampler; sigma 0 gives the ODE's.
+
+    Args: policy, anything with velocity, flow_steps and chunk_dim; obs (B, O); noise x_0 (B, D), drawn if None. Returns: (K + 1, B, D).
+    """
+    chain = [torch.randn(len(obs), policy.chunk_dim, device=obs.device) if noise is None else noise]
+    for k in range(policy.flow_steps):
+        mean, std = chain_step(policy, obs, chain[-1], torch.full_like(chain[0][:, :1], k / policy.flow_steps), sigma)
+        chain.append(mean + std * torch.randn_like(mean))
+    return torch.stack(chain)
+
+
+def chain_log_prob(policy, obs: Tensor, chain: Tensor, sigma: float) -> Tensor:
+    """Log density of the chain's steps given x_0, averaged over the K steps and the D numbers of a chunk, all in one batched call.
+
+    Args: obs (B, O); chain (K + 1, B, D); sigma > 0. Returns: (B,).
+    """
+    steps, n, dim = len(chain) - 1, *chain.shape[1:]
+    t = torch.arange(steps, device=obs.device).repeat_interleave(n)[:, None] / steps  # (K * B, 1)
+    mean, std = chain_step(policy, obs.repeat(steps, 1), chain[:-1].reshape(-1, dim), t, sigma)
+    return torch.distributions.Normal(mean, std).log_prob(chain[1:].reshape(-1, dim)).mean(1).view(steps, n).mean(0)
+
+
+def group_advantage(q: Tensor, conservative: bool) -> Tensor:
+    """Advantage over the group's mean, A_m,j = Q_m,j - mean_j Q_m,j. Plain: the critics' mean. Conservative (OGPO+CA): the value
+    nearest to zero where all critics agree on the sign, zero where they do not.
+
+    Args: q (M, B, G). Returns: (B, G).
+    """
+    advantage = q - q.mean(2, keepdim=True)
+    if conservative:
+        return advantage.amin(0).clamp(min=0) + advantage.amax(0).clamp(max=0)  # at most one of the two is not zero
+    return advantage.mean(0)
+
+
+def chi2_penalised_q(q: Tensor, ratio: Tensor, coef: float, sharpness: float) -> Tensor:
+    """Value of chains that leave the slow policy: (1 - w) mean_m Q + w min_m Q - b ratio, w = sigmoid(a (ratio - 1)), b = coef * std_m Q.
+
+    Args: q (M, B, G); ratio (B, G) of the chain's probabilities, new over slow policy; coef; sharpness a. Returns: (B, G).
+    """
+    weight = torch.sigmoid(sharpness * (ratio - 1))
+    return (1 - weight) * q.mean(0) + weight * q.amin(0) - coef * q.std(0, correction=0) * ratio
+
+
+def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_epsilon: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate -mean min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) with ratio = exp(log_prob - old_log_prob).
+
+    Args: all three (...,). Returns: a scalar, metrics.
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantage).mean()
+    outside = (ratio.detach() - 1).abs() > clip_epsilon
+    return loss, {"losses/clip_fraction": outside.float().mean(), "losses/ratio_std": ratio.detach().std()}
+
+
+def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, name: str) -> None:
+    """Raises: FloatingPointError, before any weight has changed, if the loss is not finite."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the {name} loss became NaN or infinite")
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One TD step on chunks, then a Polyak step of the targets. Returns: metrics."""
+    with torch.no_grad():
+        next_obs = batch.next_obs.repeat_interleave(args.next_samples, dim=0)
+        next_q = aggregate(target_critic(next_obs, policy.sample(next_obs)), args.q_aggregation)
+        next_q = reduce_next_q(next_q.view(-1, args.next_samples), args.next_reduction)
+        target = td_target(batch.reward, next_q, batch.terminated, args.gamma, args.chunk_size)
+    q = critic(batch.obs, batch.chunk)  # (M, B)
+    loss = critic_loss(q, target, batch.valid)
+    gradient_step(optimizer, loss, "critic")
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
+    return {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean()}
+
+
+def update_policy(policy, old_policy, slow_policy, target_critic, optimizer, batch: Batch, success: Batch, args: Args) -> dict[str, Tensor]:
+    """One OGPO step: draw groups of chains from the old policy, PPO on their values, cloning of successes. Returns: metrics."""
+    n = args.group_size
+    obs = batch.obs[: args.ppo_batch_size].repeat_interleave(n, dim=0)  # (B * G, O)
+    with torch.no_grad():
+        chain = sample_chain(old_policy, obs, args.sigma)  # (K + 1, B * G, D)
+        old_log_prob = chain_log_prob(old_policy, obs, chain, args.sigma)
+        q = target_critic(obs, chain[-1].clamp(-1, 1)).view(args.num_critics, -1, n)
+    log_prob = chain_log_prob(policy, obs, chain, args.sigma)
+    if args.chi2_coef:
+        with torch.no_grad():
+            ratio = (log_prob - chain_log_prob(slow_policy, obs, chain, args.sigma)).exp().view(-1, n)
+            q = q + chi2_penalised_q(q, ratio, args.chi2_coef, args.chi2_sharpness) - q.mean(0)  # the mean is replaced, members stay apart
+    advantage = group_advantage(q, args.conservative)
+    loss, metrics = ppo_loss(log_prob, old_log_prob, advantage.flatten(), args.clip_epsilon)
+    if args.success_coef:
+        bc_loss = policy.bc_loss(success.obs, success.chunk, success.valid).mean()
+        loss, metrics["losses/bc_loss"] = loss + args.success_coef * bc_loss, bc_loss.detach()
+    gradient_step(optimizer, loss, "policy")
+    with torch.no_grad():
+        for network, tau in ((old_policy, args.policy_tau), (slow_policy, args.chi2_tau)):
+            torch._foreach_lerp_(list(network.parameters()), list(policy.parameters()), tau)
+    return metrics | {
+        "losses/actor_loss": loss.detach(),
+        "losses/zero_advantages": (advantage == 0).float().mean(),
+        "losses/group_q_std": q.mean(0).std(1, correction=0).mean(),
+    }
+
+
+# Evaluation
+@torch.no_grad()
+def choose_chunks(policy, critic, best_of_n: int, generator: torch.Generator, obs: np.ndarray) -> np.ndarray:
+    """Samples n chunks for each observation (E, O) and takes the best by the critics. Returns: (E, D)."""
+    device = policy.normalize.mean.device
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=device).repeat_interleave(best_of_n, dim=0)
+    noise = torch.randn(len(obs), policy.chunk_dim, generator=generator).to(device)  # the same on every device
+    chunks = policy.sample(obs, noise)
+    best = critic(obs, chunks).mean(0).view(-1, best_of_n).argmax(1, keepdim=True)  # (E, 1)
+    return chunks.view(len(best), best_of_n, -1).take_along_dim(best[..., None], dim=1).squeeze(1).cpu().numpy()
+
+
+def evaluate(policy, critic, args: Args, best_of_n: int, num_episodes: int, render_mode: str | None = None) -> dict[str, float]:
+    """Runs the policy on episodes with the seeds 0, 1, ..., the same for all runs. Returns: success and return, means over the episodes."""
+    act = partial(choose_chunks, policy, critic, best_of_n, torch.Generator().manual_seed(0))
+    episodes = collect_episodes(args, act, args.chunk_size, range(num_episodes), render_mode)
+    success = [episode.success for episode in episodes]
+    mean_return = float(np.mean([episode.rewards.sum() for episode in episodes]))
+    return {"success": float(np.mean(success)), "successes": sum(success), "episodes": num_episodes, "return": mean_return}
+
+
+def result_line(result: dict[str, float]) -> str:
+    if math.isnan(result["success"]):
+        return f"mean return {result['return']:.1f} (the environment reports no is_success)"
+    return f"success {result['success']:.2f} ({result['successes']:.0f}/{result['episodes']}), mean return {result['return']:.1f}"
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95 % confidence interval of a success rate."""
+    z, p = 1.959964, successes / n
+    centre, half_width = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (centre - half_width) / (1 + z**2 / n), (centre + half_width) / (1 + z**2 / n)
+
+
+# Checkpoint
+def make_networks(args: Args, device: torch.device) -> tuple[FlowPolicy, CriticEnsemble]:
+    """Policy and critics of the sizes that the environment and the arguments ask for."""
+    env = make_env(args.env_id, args.chunk_size)
+    (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    env.close()
+    policy = FlowPolicy(obs_dim, args.chunk_size * action_dim, args.hidden_dim, args.flow_steps)
+    critic = CriticEnsemble(obs_dim, args.chunk_size * action_dim, args.num_critics, args.hidden_dim)
+    return policy.to(device), critic.to(device)
+
+
+def save_policy(path: Path, policy: nn.Module, critic: nn.Module, args: Args) -> None:
+    """Writes weights, observation statistics and arguments; an older file stays until the new one is whole."""
+    content = {"method": METHOD, "args": asdict(args), "policy": policy.state_dict(), "critic": critic.state_dict()}
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_policy(path: Path, device: torch.device) -> tuple[Args, FlowPolicy, CriticEnsemble]:
+    """Returns: a run's arguments, policy and critics. Raises: UserError if the file is not a whole policy file of this script."""
+    if not path.is_file():
+        raise UserError(f"There is no policy file {path}.")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)  # never unpickles arbitrary objects
+        method, args = content["method"], Args(**(content["args"] | {"device": "auto"}))  # trained elsewhere, perhaps on CUDA
+        check_args(args)
+    except Exception as error:  # a damaged file can make torch raise anything
+        raise UserError(f"{path} is damaged or not a policy file ({type(error).__name__}).") from error
+    if method != METHOD:
+        raise UserError(f"{path} was written by {method}.py and not by {METHOD}.py.")
+    policy, critic = make_networks(args, device)
+    try:
+        policy.load_state_dict(content["policy"])
+        critic.load_state_dict(content["critic"])
+    except Exception as error:
+        raise UserError(f"{path} does not fit {args.env_id}: its weights have other names or shapes.") from error
+    return args, policy, critic
+
+
+def evaluate_file(args: Args, device: torch.device) -> dict[str, float]:
+    """What --evaluate does. Returns: the result, which is also printed."""
+    saved, policy, critic = load_policy(args.evaluate, device)
+    if args.env_id not in (None, saved.env_id):
+        raise UserError(f"{args.evaluate} is a policy for {saved.env_id} and not for {args.env_id}.")
+    for best_of_n in sorted({1, saved.best_of_n}):
+        result = evaluate(policy, critic, saved, best_of_n, FINAL_EPISODES, "human" if args.render else None)
+        print(f"{saved.env_id}, {f'best of {best_of_n}' if best_of_n > 1 else 'ODE policy'}: {result_line(result)}")
+    return result
+
+
+# Training
+
+FINAL_EPISODES = 100
+COLUMNS = (
+    "global_step", "eval/success", "eval/return", "eval/ode_success", "charts/success", "charts/episodic_return", "charts/buffer_size", "losses/qf_loss",
+    "losses/qf_values", "losses/actor_loss", "losses/bc_loss", "losses/clip_fraction", "losses/ratio_std", "losses/zero_advantages",
+    "losses/group_q_std",
+)  # fmt: skip
+
+
+class RunLog:
+    """The folder of a run: args.json, metrics.csv with the means since the row before, wall_time.csv, policy files, summary.json."""
+
+    def __init__(self, args: Args, start_time: float):
+        self.start_time, self.values = start_time, defaultdict(list)
+        self.dir = Path("runs") / f"{args.env_id}__{METHOD}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            self.dir.mkdir(parents=True)
+            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            (self.dir / "metrics.csv").write_text(",".join(COLUMNS) + "\n")
+            (self.dir / "wall_time.csv").write_text("global_step,seconds\n")  # apart, so that equal runs have equal metrics
+        except OSError as error:
+            raise UserError(f"The folder {self.dir} cannot be made: {error.strerror}.") from error
+
+    def record(self, values: dict[str, float | Tensor]) -> None:
+        for name, value in values.items():
+            self.values[name].append(value)
+
+    def write_row(self, step: int) -> dict[str, float]:
+        means = {name: float(np.mean([float(value) for value in values])) for name, values in self.values.items()}
+        with open(self.dir / "metrics.csv", "a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"global_step": step} | means)
+        with open(self.dir / "wall_time.csv", "a") as file:
+            file.write(f"{step},{time.time() - self.start_time:.1f}\n")
+        self.values.clear()
+        return means
+
+
+def main(args: Args) -> dict:
+    """Trains, or evaluates a file. Returns: the numbers of the summary. Raises: UserError, and after saving KeyboardInterrupt and
+    FloatingPointError."""
+    start_time = time.time()
+    check_args(args)
+    if args.torch_threads:
+        torch.set_num_threads(args.torch_threads)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.evaluate:
+        return evaluate_file(args, device)
+    torch.manual_seed(args.seed)
+    policy, critic = make_networks(args, device)
+    target_critic, old_policy, slow_policy = copy.deepcopy(critic), copy.deepcopy(policy), copy.deepcopy(policy)
+    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
+    obs_dim, action_dim = len(policy.normalize.mean), policy.chunk_dim // args.chunk_size
+    new_buffer = partial(ReplayBuffer, args.buffer_size, obs_dim, action_dim, args.chunk_size, args.gamma, device)
+    buffer = new_buffer()
+    demos = make_demonstrations(args) if args.dataset == "scripted" else []
+
+    log, step, summary, best = RunLog(args, start_time), 0, {}, (-math.inf, -math.inf)
+
+    def evaluate_and_save(num_episodes):
+        nonlocal best
+        single = evaluate(policy, target_critic, args, 1, num_episodes)
+        choosing = args.best_of_n > 1 and step > 0  # at the start the critics know nothing
+        result = evaluate(policy, target_critic, args, args.best_of_n, num_episodes) if choosing else single
+        tqdm.write(f"step {step:>7}: {result_line(result)}" + f"; ODE policy {single['success']:.2f}" * choosing)
+        log.record({"eval/success": result["success"], "eval/return": result["return"], "eval/ode_success": single["success"]})
+        save_policy(log.dir / "policy.pt", policy, target_critic, args)
+        score = float(np.nan_to_num(result["success"])), result["return"]  # without is_success the return decides
+        if score >= best:
+            best, summary["best_success"], summary["best_step"] = score, result["success"], step
+            save_policy(log.dir / "policy_best.pt", policy, target_critic, args)
+        return result
+
+    def fit_normalizers():
+        for network in (policy, old_policy, slow_policy, critic, target_critic):
+            network.normalize.fit(buffer.obs[: buffer.size])
+
+    interruption = result = None
+    try:
+        # offline: clone the demonstrations
+        if demos:
+            print(f"demonstrations: {len(demos)} episodes, success {np.mean([episode.success for episode in demos]):.2f}")
+            for episode in demos:
+                buffer.add_episode(episode)
+            fit_normalizers()
+            below_cap = copy.deepcopy(policy.state_dict())
+            for bc_step in tqdm(range(1, args.bc_steps + 1), desc="behaviour cloning", leave=False):
+                batch = buffer.sample(args.batch_size)
+                loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
+                gradient_step(policy_optimizer, loss, "behaviour-cloning")
+                log.record({"losses/bc_loss": loss.detach()})
+                if args.bc_success_cap < 1 and (bc_step % 50 == 0 or bc_step == args.bc_steps):
+                    if evaluate(policy, critic, args, 1, FINAL_EPISODES)["success"] > args.bc_success_cap:
+                        policy.load_state_dict(below_cap)
+                        break
+                    below_cap = copy.deepcopy(policy.state_dict())
+        result = evaluate_and_save(FINAL_EPISODES)
+        summary["bc_success"] = result["success"]
+        log.write_row(step)
+
+        # no expert data from here on; PPO starts with an optimiser of its own
+        buffer, success_buffer = new_buffer(), new_buffer()
+        old_policy.load_state_dict(policy.state_dict())
+        slow_policy.load_state_dict(policy.state_dict())
+        policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.ppo_learning_rate, fused=True)
+
+        # online: act, evaluate actions, improve the policy
+        act = partial(choose_chunks, policy, target_critic, args.best_of_n, torch.Generator().manual_seed(args.seed))
+        make, seeds = partial(make_env, args.env_id, args.chunk_size), itertools.count((2 * args.seed + 2) * 10**6)
+        fitted, recent, bar = bool(demos), deque(maxlen=50), tqdm(total=args.total_timesteps, unit="step")
+        for finished in rollout(make, args.num_envs, act, args.chunk_size, seeds):
+            for episode in finished:
+                buffer.add_episode(episode)
+                if episode.success == 1:
+                    success_buffer.add_episode(episode)
+                recent.append(episode.success)
+                log.record({"charts/success": episode.success, "charts/episodic_return": episode.rewards.sum()})
+            previous, step = step, step + args.num_envs
+            bar.update(args.num_envs)
+            last = step >= args.total_timesteps
+            learning = buffer.size >= args.batch_size
+            if learning and not fitted:  # there were no demonstrations
+                fit_normalizers()
+                fitted = True
+            for _ in range(int(step * args.utd_ratio) - int(previous * args.utd_ratio) if learning else 0):
+                batch = buffer.sample(args.batch_size)
+                log.record(update_critic(policy, critic, target_critic, critic_optimizer, batch, args))
+                if step > args.critic_warmup_steps:
+                    success = success_buffer.sample(args.batch_size) if success_buffer.size >= args.batch_size else batch
+                    networks = policy, old_policy, slow_policy, target_critic
+                    log.record(update_policy(*networks, policy_optimizer, batch, success, args))
+
+            if last or step // args.eval_interval > previous // args.eval_interval:
+                result = evaluate_and_save(FINAL_EPISODES if last else args.eval_episodes)
+            if last or step // args.log_interval > previous // args.log_interval:
+                log.record({"charts/buffer_size": buffer.size})
+                means = log.write_row(step)
+                shown = {"Q": "qf_values", "clipped": "clip_fraction", "zero": "zero_advantages"}
+                shown = {name: means.get(f"losses/{column}", math.nan) for name, column in shown.items()}
+                bar.set_postfix(success=np.mean(recent) if recent else math.nan, **shown)
+            if last:
+                break
+    except (KeyboardInterrupt, FloatingPointError) as error:
+        interruption = error
+        save_policy(log.dir / "policy.pt", policy, target_critic, args)
+        log.write_row(step)
+        summary["stopped"] = str(error) or type(error).__name__
+
+    summary |= {"env_steps": step, "wall_time_s": round(time.time() - start_time, 1)}
+    if result:
+        interval = wilson_interval(result["successes"], result["episodes"])
+        summary |= {"final_success": result["success"], "final_return": result["return"], "final_success_interval": interval}
+    summary["evaluate_again"] = f"python {METHOD}.py --evaluate {log.dir / 'policy.pt'}"
+    (log.dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    print(f"\n{args.env_id}, seed {args.seed}")
+    for name, value in summary.items():
+        print(f"  {name:<23}{value}")
+    if interruption:
+        raise type(interruption)(f"environment step {step}: {interruption}") from interruption
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (UserError, FloatingPointError) as error:
+        print(f"{METHOD}.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
