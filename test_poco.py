@@ -779,9 +779,9 @@ def test_cloning_stops_below_the_success_cap(script, tmp_path, monkeypatch):
 
 
 def test_no_demonstration_enters_the_online_buffer_of_ogpo(tmp_path, monkeypatch):
-    monkeypatch.setitem(ogpo.SCRIPTED, "Counter", lambda obs: np.zeros(2))
     settings = {"dataset": "scripted", "num_demos": 30, "bc_steps": 10, "total_timesteps": 150, "eval_interval": 1000}
     for script, expected in ((poco, True), (ogpo, False)):
+        monkeypatch.setitem(script.SCRIPTED, "Counter", lambda obs: np.zeros(2))
         (tmp_path / script.METHOD).mkdir()
         small_run(script, tmp_path / script.METHOD, monkeypatch, **settings)
         (run_dir,) = (tmp_path / script.METHOD / "runs").iterdir()
