@@ -71,7 +71,7 @@ class Args:
     bc_steps: int = 700
     """gradient steps of behaviour cloning"""
     bc_success_cap: float = 1.0
-    """below 1: stop cloning before the success rate passes this, for a poor start on purpose"""
+    """below 1: of ten evaluations during cloning, the last before success passes this is where it stops, for a poor start on purpose"""
     batch_size: int = 256
     """chunks in a batch, offline and online"""
     learning_rate: float = 1e-3
@@ -84,13 +84,13 @@ class Args:
     """environments stepped side by side"""
     buffer_size: int = 1_000_000
     """capacity of the replay buffer in environment steps"""
-    critic_warmup_steps: int = 2_000
+    critic_warmup_steps: int = 4_000
     """environment steps at the start in which the critics learn and the policy stays the clone"""
-    utd_ratio: float = 0.5
+    utd_ratio: float = 0.25
     """gradient updates per environment step"""
-    gamma: float = 0.98
+    gamma: float = 0.96
     """discount per environment step"""
-    tau: float = 0.005
+    tau: float = 0.05
     """Polyak rate of the target critics"""
     q_aggregation: Literal["mean", "min"] = "mean"
     """how the critics' values become one"""
@@ -102,17 +102,17 @@ class Args:
     """G, chains per state"""
     ppo_batch_size: int = 32
     """states of the batch that get a group of chains"""
-    sigma: float = 0.1
+    sigma: float = 1.0
     """noise of the stochastic sampler; the chunks' distribution does not depend on it"""
-    clip_epsilon: float = 0.02
+    clip_epsilon: float = 0.005
     """the ratio of the normalised chain probabilities is clipped to 1 +- epsilon"""
-    ppo_learning_rate: float = 1e-4
+    ppo_learning_rate: float = 5e-4
     """step size of Adam for the policy online"""
-    policy_tau: float = 0.05
+    policy_tau: float = 0.1
     """Polyak rate of the old policy, from which the chains come"""
     conservative: bool = True
     """OGPO+CA: count an advantage only where all critics agree on its sign"""
-    success_coef: float = 0.5
+    success_coef: float = 0.25
     """OGPO+: weight of the flow-matching loss on the online episodes that succeeded; 0 switches it off"""
     chi2_coef: float = 0.0
     """weight of the chi-squared penalty for leaving the slow policy; 0 switches it off"""
@@ -776,8 +776,9 @@ def main(args: Args) -> dict:
                 loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
                 gradient_step(policy_optimizer, loss, "behaviour-cloning")
                 log.record({"losses/bc_loss": loss.detach()})
-                if args.bc_success_cap < 1 and (bc_step % 50 == 0 or bc_step == args.bc_steps):
+                if args.bc_success_cap < 1 and (bc_step % max(args.bc_steps // 10, 1) == 0 or bc_step == args.bc_steps):
                     if evaluate(policy, critic, args, 1, FINAL_EPISODES)["success"] > args.bc_success_cap:
+                        tqdm.write(f"cloning went above --bc-success-cap by step {bc_step}: back to the evaluation before that")
                         policy.load_state_dict(below_cap)
                         break
                     below_cap = copy.deepcopy(policy.state_dict())

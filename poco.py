@@ -71,7 +71,7 @@ class Args:
     bc_steps: int = 700
     """gradient steps of behaviour cloning"""
     bc_success_cap: float = 1.0
-    """below 1: stop cloning before the success rate passes this, for a poor start on purpose"""
+    """below 1: of ten evaluations during cloning, the last before success passes this is where it stops, for a poor start on purpose"""
     batch_size: int = 256
     """chunks in a batch, offline and online"""
     learning_rate: float = 1e-3
@@ -689,8 +689,9 @@ def main(args: Args) -> dict:
                 loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
                 gradient_step(policy_optimizer, loss, "behaviour-cloning")
                 log.record({"losses/bc_loss": loss.detach()})
-                if args.bc_success_cap < 1 and (bc_step % 50 == 0 or bc_step == args.bc_steps):
+                if args.bc_success_cap < 1 and (bc_step % max(args.bc_steps // 10, 1) == 0 or bc_step == args.bc_steps):
                     if evaluate(policy, critic, args, 1, FINAL_EPISODES)["success"] > args.bc_success_cap:
+                        tqdm.write(f"cloning went above --bc-success-cap by step {bc_step}: back to the evaluation before that")
                         policy.load_state_dict(below_cap)
                         break
                     below_cap = copy.deepcopy(policy.state_dict())
