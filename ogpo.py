@@ -510,7 +510,7 @@ def chain_log_prob(policy, obs: Tensor, chain: Tensor, sigma: float) -> Tensor:
     Args: obs (B, O); chain (K + 1, B, D); sigma > 0. Returns: (B,).
     """
     steps, n, dim = len(chain) - 1, *chain.shape[1:]
-    t = torch.arange(steps, device=obs.device).repeat_interleave(n)[:, None] / steps  # (K * B, 1)
+    t = torch.arange(steps).repeat_interleave(n)[:, None].to(chain) / steps  # (K * B, 1)
     mean, std = chain_step(policy, obs.repeat(steps, 1), chain[:-1].reshape(-1, dim), t, sigma)
     return torch.distributions.Normal(mean, std).log_prob(chain[1:].reshape(-1, dim)).mean(1).view(steps, n).mean(0)
 
@@ -685,12 +685,11 @@ def evaluate_file(args: Args, device: torch.device) -> dict[str, float]:
 
 
 # Training
-
 FINAL_EPISODES = 100
 COLUMNS = (
-    "global_step", "eval/success", "eval/return", "eval/ode_success", "charts/success", "charts/episodic_return", "charts/buffer_size", "losses/qf_loss",
-    "losses/qf_values", "losses/actor_loss", "losses/bc_loss", "losses/clip_fraction", "losses/ratio_std", "losses/zero_advantages",
-    "losses/group_q_std",
+    "global_step", "eval/success", "eval/return", "eval/ode_success", "charts/success", "charts/episodic_return", "charts/buffer_size",
+    "losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/bc_loss", "losses/clip_fraction", "losses/ratio_std",
+    "losses/zero_advantages", "losses/group_q_std",
 )  # fmt: skip
 
 

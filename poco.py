@@ -599,12 +599,11 @@ def evaluate_file(args: Args, device: torch.device) -> dict[str, float]:
 
 
 # Training
-
 FINAL_EPISODES = 100
 COLUMNS = (
-    "global_step", "eval/success", "eval/return", "eval/ode_success", "charts/success", "charts/episodic_return", "charts/buffer_size", "losses/qf_loss",
-    "losses/qf_values", "losses/actor_loss", "losses/bc_loss", "losses/candidate_loss", "losses/effective_samples", "losses/clip_fraction",
-    "losses/candidate_q_std",
+    "global_step", "eval/success", "eval/return", "eval/ode_success", "charts/success", "charts/episodic_return", "charts/buffer_size",
+    "losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/bc_loss", "losses/candidate_loss", "losses/effective_samples",
+    "losses/clip_fraction", "losses/candidate_q_std",
 )  # fmt: skip
 
 

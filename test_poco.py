@@ -810,8 +810,8 @@ def run(script, *arguments, cwd):
 def reach(tmp_path_factory, request):
     """A small run on FetchReach, from a poor clone, of each script."""
     cwd = tmp_path_factory.mktemp("reach")
-    settings = "--env-id FetchReach-v4 --num-demos 10 --bc-steps 150 --total-timesteps 2000 --critic-warmup-steps 500 --eval-interval 1000"
-    settings += " --eval-episodes 10 --learning-rate 1e-3 --hidden-dim 128"
+    settings = "--env-id FetchReach-v4 --num-demos 10 --bc-steps 150 --total-timesteps 2500 --critic-warmup-steps 500 --eval-interval 1000"
+    settings += " --eval-episodes 10 --utd-ratio 0.5 --hidden-dim 128"
     code, out, err = run(request.param, *settings.split(), cwd=cwd)
     assert code == 0, err
     (run_dir,) = (cwd / "runs").iterdir()
