@@ -47,13 +47,25 @@ for folder in options.runs:
         for name, value in DEFAULTS[method].items()
         if name not in IGNORED | {"env_id"} and args.get(name, value) != value
     ]
-    success, seconds = column(folder / "metrics.csv", "eval/success"), column(folder / "wall_time.csv", "seconds")
-    summary = json.loads((folder / "summary.json").read_text())
+    success, single = (column(folder / "metrics.csv", f"eval/{name}") for name in ("success", "ode_success"))
+    seconds = column(folder / "wall_time.csv", "seconds")
+    summary = json.loads((folder / "summary.json").read_text()) | {"final_single": list(single.values())[-1]}
     groups[env_id, " ".join([f"{method}.py", *changed])].append((args["seed"], success, seconds, summary))
 
 environments = sorted({env_id for env_id, _ in groups})
 figure, axes = plt.subplots(len(environments), 2, figsize=(10, 4 * len(environments)), sharey=True, squeeze=False)
-titles = ("environment", "command", "seeds", "clone", "at the end", "lowest on the way", "steps to 80 %", "environment steps", "minutes")
+titles = [
+    "environment",
+    "command",
+    "seeds",
+    "clone",
+    "at the end",
+    "same with single samples",
+    "lowest on the way",
+    "steps to 80 %",
+    "steps",
+    "minutes",
+]
 print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
 for (env_id, setting), runs in sorted(groups.items()):
     seeds, curves, clocks, summaries = zip(*sorted(runs, key=lambda run: run[0]), strict=True)
@@ -69,6 +81,7 @@ for (env_id, setting), runs in sorted(groups.items()):
         [str(seed) for seed in seeds],
         [f"{100 * summary['bc_success']:.0f}" for summary in summaries],
         [f"{100 * summary['final_success']:.0f}" for summary in summaries],
+        [f"{100 * summary['final_single']:.0f}" for summary in summaries],
         [f"{100 * min(list(curve.values())[1:]):.0f}" for curve in curves],
         ["-" if step is None else str(step) for step in reached],
         [str(summaries[0]["env_steps"])],
