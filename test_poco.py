@@ -6,6 +6,7 @@ What stands in both files is tested as poco.py's; a test holds that it is the sa
 import ast
 import copy
 import csv
+import functools
 import json
 import os
 import pickle
@@ -13,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -318,7 +318,7 @@ def wrong_chain(policy, obs, sigma, noise, corrected, with_sqrt_dt):
     return torch.stack([noise, x])
 
 
-def assert_marginals_are_those_of_the_ode(sampler, flow, sigma, n=6000):
+def assert_marginals_are_those_of_the_ode(sampler, flow, sigma, n=4000):
     """Mean, covariance and mode shares, each within 4.5 standard errors of the ODE's from the same sampler with sigma 0."""
     obs, noise = torch.zeros(n, 1), torch.randn(n, flow.chunk_dim).double()
     x, ode = sampler(flow, obs, sigma, noise)[-1], sampler(flow, obs, 0.0, torch.randn(n, flow.chunk_dim).double())[-1]
@@ -336,11 +336,11 @@ def test_the_stochastic_sampler_keeps_the_marginals_of_the_ode(flow, sigma):
     assert_marginals_are_those_of_the_ode(ogpo.sample_chain, flow, sigma)
     if sigma >= 0.5:  # below, the correction is smaller than the Monte-Carlo error
         with pytest.raises(AssertionError):
-            assert_marginals_are_those_of_the_ode(partial(wrong_chain, corrected=False, with_sqrt_dt=True), flow, sigma)
+            assert_marginals_are_those_of_the_ode(functools.partial(wrong_chain, corrected=False, with_sqrt_dt=True), flow, sigma)
     if sigma > 0:
         with pytest.raises(AssertionError):
-            assert_marginals_are_those_of_the_ode(partial(wrong_chain, corrected=True, with_sqrt_dt=False), flow, sigma)
-    assert_marginals_are_those_of_the_ode(partial(wrong_chain, corrected=True, with_sqrt_dt=True), flow, sigma)
+            assert_marginals_are_those_of_the_ode(functools.partial(wrong_chain, corrected=True, with_sqrt_dt=False), flow, sigma)
+    assert_marginals_are_those_of_the_ode(functools.partial(wrong_chain, corrected=True, with_sqrt_dt=True), flow, sigma)
 
 
 def test_sample_chain_with_sigma_zero_is_the_ode():
@@ -459,23 +459,29 @@ def test_at_the_old_parameters_the_ratio_is_one_and_the_gradient_the_policy_grad
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
-def ogpo_bandit(steps=200, success_chunk=None, **settings):
-    """A clone with 80 % of its mass at -0.5 and 20 % at +0.5, worth 0 and 1. Returns: share of +0.5 after OGPO, metrics, policies."""
-    fixed = {"group_size": 8, "ppo_batch_size": 32, "sigma": 1.0, "clip_epsilon": 0.02, "policy_tau": 0.1, "num_critics": 2}
-    args = ogpo.Args(**(fixed | {"success_coef": 0.0, "conservative": False} | settings))
-    policy = ogpo.FlowPolicy(obs_dim=1, chunk_dim=1, hidden_dim=64, flow_steps=10)
+@functools.cache
+def bandit_clone():
+    """A policy with 80 % of its mass at -0.5 and 20 % at +0.5."""
+    policy = ogpo.FlowPolicy(obs_dim=1, chunk_dim=1, hidden_dim=32, flow_steps=5)
     optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
-    obs = torch.zeros(128, 1)
     for _ in range(600):
         chunk = torch.where(torch.rand(128, 1) < 0.2, 0.5, -0.5) + 0.05 * torch.randn(128, 1)
-        ogpo.gradient_step(optimizer, policy.bc_loss(obs, chunk, None).mean(), "bc")
+        ogpo.gradient_step(optimizer, policy.bc_loss(torch.zeros(128, 1), chunk, None).mean(), "bc")
+    return policy
+
+
+def ogpo_bandit(steps=200, success_chunk=None, **settings):
+    """Starts from the clone, where -0.5 is worth 0 and +0.5 is worth 1 to 2. Returns: share of +0.5 after OGPO, metrics, policies."""
+    fixed = {"group_size": 8, "ppo_batch_size": 32, "sigma": 1.0, "clip_epsilon": 0.02, "policy_tau": 0.1, "num_critics": 2}
+    args = ogpo.Args(**(fixed | {"success_coef": 0.0, "conservative": False} | settings))
+    policy = copy.deepcopy(bandit_clone())
     old_policy, slow_policy = copy.deepcopy(policy), copy.deepcopy(policy)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
 
     def value(obs, chunk):  # stands for the critics, (M, B)
         return (chunk.T > 0).float() * torch.tensor([[1.0], [2.0]])
 
-    batch = ogpo.Batch(obs, torch.zeros(128, 1), None, None, None, torch.ones(128, 1))
+    batch = ogpo.Batch(torch.zeros(128, 1), torch.zeros(128, 1), None, None, None, torch.ones(128, 1))
     success = batch._replace(chunk=torch.full((128, 1), success_chunk or 0.0))
     for _ in range(steps):
         metrics = ogpo.update_policy(policy, old_policy, slow_policy, value, optimizer, batch, success, args)
@@ -488,7 +494,7 @@ def test_ppo_on_the_chain_moves_the_mass_to_the_better_mode():
     for conservative in (False, True):
         share, metrics, (policy, old_policy, slow_policy) = ogpo_bandit(conservative=conservative)
         assert share > 0.9
-        assert metrics["losses/clip_fraction"] <= 1 and metrics["losses/group_q_std"] >= 0
+        assert metrics["losses/group_q_std"] < 0.4  # 0.6 in the clone; now nearly all chains end in the better mode
 
         def distance(network, policy=policy):
             return sum((a - b).abs().sum() for a, b in zip(network.parameters(), policy.parameters(), strict=True))
