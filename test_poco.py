@@ -843,7 +843,8 @@ def test_the_printed_command_evaluates_to_the_same_result(reach):
 
 @both_scripts
 def test_ctrl_c_saves_prints_the_summary_and_exits_130(script, tmp_path):
-    process = start(script, "--env-id", "FetchReach-v4", "--num-demos", 5, "--bc-steps", 20, cwd=tmp_path)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
+    process = start(script, "--env-id", "FetchReach-v4", "--num-demos", 5, "--bc-steps", 20, cwd=tmp_path, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/policy.pt")) and time.monotonic() < deadline:
         time.sleep(0.2)
