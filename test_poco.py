@@ -760,7 +760,7 @@ def test_nan_observation_stops_the_run_after_saving(script, tmp_path, monkeypatc
 
 @both_scripts
 def test_cloning_stops_below_the_success_cap(script, tmp_path, monkeypatch):
-    """With success reported after 100, 200, ... of 1000 gradient steps as 0.1, 0.2, ..., a cap of 0.25 must keep the weights of step 200."""
+    """With success given after 100, 200, ... of 1000 gradient steps as 0.1, 0.2, ..., a cap of 0.25 must keep the weights of step 200."""
     seen = []
 
     def evaluate(policy, *_):
