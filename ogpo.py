@@ -103,7 +103,7 @@ class Args:
     ppo_batch_size: int = 32
     """states of the batch that get a group of chains"""
     sigma: float = 1.0
-    """noise of the stochastic sampler; the chunks' distribution does not depend on it"""
+    """noise of the stochastic sampler; up to the error of K steps, the chunks' distribution does not depend on it"""
     clip_epsilon: float = 0.005
     """the ratio of the normalised chain probabilities is clipped to 1 +- epsilon"""
     ppo_learning_rate: float = 5e-4
