@@ -7,19 +7,24 @@
 Letters in shapes: B batch, O observation, A action, T chunk_size, D = T * A, K flow_steps, N candidates, M critics, E environments.
 """
 
+import contextlib
 import copy
 import csv
 import difflib
+import io
 import itertools
 import json
 import math
 import os
+import signal
 import sys
+import tempfile
 import time
-from collections import defaultdict, deque
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,9 +32,15 @@ import gymnasium as gym
 import gymnasium_robotics
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 METHOD = "poco"
 gym.register_envs(gymnasium_robotics)
@@ -38,86 +49,57 @@ gym.register_envs(gymnasium_robotics)
 @dataclass
 class Args:
     # run
-    seed: int = 1
-    """seed of everything random: networks, demonstrations, noise, episodes"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is one"""
-    torch_threads: int | None = None
-    """CPU threads of torch (default: torch's own choice)"""
-    log_interval: int = 500
-    """environment steps between two rows of metrics.csv"""
+    seed: int = 1  # seed of everything random: networks, demonstrations, noise, episodes
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
+    torch_threads: int | None = None  # CPU threads of torch (default: torch's own choice)
+    bf16: bool = True  # matrix products of the updates in bfloat16, where the processor has it in hardware
+    compile: bool = False  # torch.compile for the updates
+    cudagraphs: bool = False  # replay the updates as CUDA graphs
+    log_interval: int = 500  # environment steps between two rows of metrics.csv
+    checkpoint_interval: int = 5_000  # environment steps between two checkpoints; unfinished episodes begin anew there
+    resume: Path | None = None  # continue the run in this folder; its arguments are taken from there
 
     # task and data
-    env_id: str | None = None
-    """Gymnasium id of an environment with a bounded Box action space (default: FetchPickAndPlace-v4; with --evaluate: the file's)"""
-    dataset: Literal["scripted", "none"] = "scripted"
-    """scripted: demonstrations of a built-in controller; none: empty buffer and no behaviour cloning"""
-    num_demos: int = 100
-    """demonstration episodes"""
-    demo_noise: float = 0.4
-    """standard deviation of the Gaussian noise on the demonstrator's actions, which lie in [-1, 1]"""
+    env_id: str | None = None  # Gymnasium id (default: FetchPickAndPlace-v4; with --evaluate: the file's); actions: a bounded Box
+    dataset: Literal["scripted", "none"] = "scripted"  # scripted: of a built-in controller; none: empty buffer, no behaviour cloning
+    num_demos: int = 100  # demonstration episodes
+    demo_noise: float = 0.4  # standard deviation of the Gaussian noise on the demonstrator's actions, which lie in [-1, 1]
 
     # networks
-    hidden_dim: int = 256
-    """width of the three hidden layers of policy and critics"""
-    chunk_size: int = 5
-    """T, actions in one chunk, executed open loop"""
-    flow_steps: int = 5
-    """K, Euler steps from noise to chunk"""
-    num_critics: int = 2
-    """M, members of the critic ensemble"""
+    hidden_dim: int = 256  # width of the three hidden layers of policy and critics
+    chunk_size: int = 5  # T, actions in one chunk, executed open loop
+    flow_steps: int = 5  # K, Euler steps from noise to chunk
+    num_critics: int = 2  # M, members of the critic ensemble
 
     # offline phase
-    bc_steps: int = 700
-    """gradient steps of behaviour cloning"""
-    bc_success_cap: float = 1.0
-    """below 1: of ten evaluations during cloning, the last before success passes this is where it stops, for a poor start on purpose"""
-    batch_size: int = 256
-    """chunks in a batch, offline and online"""
-    learning_rate: float = 1e-3
-    """step size of Adam, for policy and critics"""
+    bc_steps: int = 700  # gradient steps of behaviour cloning
+    bc_success_cap: float = 1.0  # below 1: a poor start on purpose, the last of ten evaluations before success passes this
+    batch_size: int = 256  # chunks in a batch, offline and online
+    learning_rate: float = 1e-3  # step size of Adam, for policy and critics
 
     # online phase
-    total_timesteps: int = 20_000
-    """online environment steps"""
-    num_envs: int = 4
-    """environments stepped side by side"""
-    buffer_size: int = 1_000_000
-    """capacity of the replay buffer in environment steps"""
-    critic_warmup_steps: int = 2_000
-    """environment steps at the start in which the critics learn and the policy stays the clone"""
-    utd_ratio: float = 0.5
-    """gradient updates per environment step"""
-    gamma: float = 0.98
-    """discount per environment step"""
-    tau: float = 0.005
-    """Polyak rate of the target critics"""
-    q_aggregation: Literal["mean", "min"] = "mean"
-    """how the critics' values become one"""
-    best_of_n: int = 1
-    """act with the best of n candidates by the target critics; 1: with a single sample of the ODE policy"""
+    total_timesteps: int = 20_000  # online environment steps
+    num_envs: int = 4  # environments stepped side by side
+    buffer_size: int = 1_000_000  # capacity of the replay buffer in environment steps
+    critic_warmup_steps: int = 2_000  # environment steps at the start in which the critics learn and the policy stays the clone
+    utd_ratio: float = 0.5  # gradient updates per environment step
+    gamma: float = 0.98  # discount per environment step
+    tau: float = 0.005  # Polyak rate of the target critics
+    q_aggregation: Literal["mean", "min"] = "mean"  # how the critics' values become one
+    best_of_n: int = 1  # act with the best of n candidates by the target critics; 1: with a single sample of the ODE policy
 
     # POCO
-    num_candidates: int = 16
-    """N, chunks per state in the E-step"""
-    posterior_batch_size: int = 32
-    """states of the batch that get an E-step"""
-    temperature: float = 0.2
-    """eta, in units of Q"""
-    posterior_coef: float = 1.0
-    """beta, weight of the posterior term"""
-    clip_threshold: float = 0.6
-    """zeta, a candidate whose flow-matching loss lies above gives no gradient"""
+    num_candidates: int = 16  # N, chunks per state in the E-step
+    posterior_batch_size: int = 32  # states of the batch that get an E-step
+    temperature: float = 0.2  # eta, in units of Q
+    posterior_coef: float = 1.0  # beta, weight of the posterior term
+    clip_threshold: float = 0.6  # zeta, a candidate whose flow-matching loss lies above gives no gradient
 
     # evaluation
-    eval_interval: int = 2_500
-    """environment steps between two evaluations"""
-    eval_episodes: int = 50
-    """episodes of an evaluation on the way; that of the clone, the last one and --evaluate have 100"""
-    evaluate: Path | None = None
-    """evaluate this policy file instead of training"""
-    render: bool = False
-    """with --evaluate: show the episodes in a window"""
+    eval_interval: int = 2_500  # environment steps between two evaluations
+    eval_episodes: int = 50  # episodes of an evaluation on the way; that of the clone, the last one and --evaluate have 100
+    evaluate: Path | None = None  # evaluate this policy file instead of training
+    render: bool = False  # with --evaluate: show the episodes in a window
 
     def __post_init__(self):
         if self.env_id is None and self.evaluate is None:
@@ -134,6 +116,10 @@ class UserError(Exception):
     """A mistake at the keyboard, in one sentence: what is wrong and what was expected."""
 
 
+class RunError(Exception):
+    """What ends a run on its way, in one sentence."""
+
+
 def check_args(args: Args) -> None:
     """Raises: UserError for a value that no run can work with."""
     for name, value in vars(args).items():
@@ -145,6 +131,10 @@ def check_args(args: Args) -> None:
             raise UserError(f"{option} must be at least {LOWEST.get(name, 1)}, not {value}{hint}.")
     if args.buffer_size < args.batch_size:
         raise UserError(f"--buffer-size {args.buffer_size} is below --batch-size {args.batch_size}.")
+    if args.seed >= 2**31:
+        raise UserError(f"--seed must be below {2**31}, not {args.seed}.")
+    if args.cudagraphs and not torch.cuda.is_available():
+        raise UserError("--cudagraphs: torch finds no CUDA device here.")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; type --device cpu or --device auto.")
     if args.render and not args.evaluate:
@@ -195,7 +185,7 @@ def rollout(make: Callable, num_envs: int, act: Callable, chunk_size: int, seeds
     """Steps num_envs environments for ever, chunks open loop, and yields after each step the episodes that ended in it.
 
     Args: make() gives an environment; act maps obs (E, O) to chunks (E, D); every reset takes the next seed.
-    Raises: FloatingPointError if an observation or a reward is not finite.
+    Raises: RunError if the environment raises, or gives an observation or a reward that is not finite.
     """
     # with autoreset off every step is a real one: no action is ignored, no reset looks like a transition
     envs = gym.vector.SyncVectorEnv([make] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
@@ -209,10 +199,13 @@ def rollout(make: Callable, num_envs: int, act: Callable, chunk_size: int, seeds
         if fresh.any():
             chunks[fresh] = act(obs[fresh]).reshape(-1, *chunks.shape[1:])
         actions = chunks[np.arange(num_envs), cursor]
-        next_obs, rewards, terminated, truncated, infos = envs.step(actions)
+        try:
+            next_obs, rewards, terminated, truncated, infos = envs.step(actions)
+        except Exception as error:  # it is foreign code
+            raise RunError(f"the environment raised {type(error).__name__}: {error}") from error
         for name, values in (("observation", next_obs), ("reward", rewards)):
             if not np.isfinite(values).all():
-                raise FloatingPointError(f"the environment's {name} became NaN or infinite")
+                raise RunError(f"the environment's {name} became NaN or infinite")
         for i in range(num_envs):
             steps[i].append((obs[i], actions[i], rewards[i]))
         done, finished = terminated | truncated, []
@@ -315,6 +308,7 @@ class ReplayBuffer:
         self.actions = torch.zeros(capacity, action_dim, device=device)
         self.rewards, self.terminated = torch.zeros(2, capacity, device=device)
         self.steps_left = torch.zeros(capacity, dtype=torch.long, device=device)  # in the episode, this one included
+        self.columns = self.obs, self.next_obs, self.actions, self.rewards, self.terminated, self.steps_left
         self.position, self.size = 0, 0
 
     def add_episode(self, episode: Trajectory) -> None:
@@ -322,21 +316,17 @@ class ReplayBuffer:
         n, kept = len(episode.actions), min(len(episode.actions), self.capacity)
         rows = (self.position + torch.arange(n, device=self.device))[-kept:] % self.capacity
         left = np.arange(n, 0, -1)
-        columns = (
-            (self.obs, episode.obs[:-1]),
-            (self.next_obs, episode.obs[1:]),
-            (self.actions, episode.actions),
-            (self.rewards, episode.rewards),
-            (self.terminated, (left == 1) * episode.terminated),
-            (self.steps_left, left),
-        )
-        for column, values in columns:
-            column[rows] = torch.as_tensor(values[-kept:], dtype=column.dtype, device=self.device)
+        values = episode.obs[:-1], episode.obs[1:], episode.actions, episode.rewards, (left == 1) * episode.terminated, left
+        for column, value in zip(self.columns, values, strict=True):
+            column[rows] = torch.as_tensor(value[-kept:], dtype=column.dtype, device=self.device)
         self.position, self.size = (self.position + n) % self.capacity, min(self.size + n, self.capacity)
 
-    def sample(self, batch_size: int) -> Batch:
-        """Draws windows whose first steps are uniform over the buffer."""
-        start = torch.randint(self.size, (batch_size,), device=self.device)
+    def draw(self, batch_size: int) -> Tensor:
+        """Returns: rows (B,), uniform over the buffer."""
+        return torch.randint(self.size, (batch_size,), device=self.device)
+
+    def windows(self, start: Tensor) -> Batch:
+        """The windows that begin at these rows (B,)."""
         step = torch.arange(self.chunk_size, device=self.device)
         valid = (step < self.steps_left[start, None]).float()  # (B, T)
         rows = (start[:, None] + step) % self.capacity
@@ -345,8 +335,24 @@ class ReplayBuffer:
         reward = (self.rewards[rows] * valid * self.gamma**step).sum(1)
         return Batch(self.obs[start], chunk, reward, self.next_obs[last], self.terminated[last], valid)
 
+    def state_dict(self) -> dict:
+        return {"position": self.position, "size": self.size, "columns": [column[: self.size].clone() for column in self.columns]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position, self.size = state["position"], state["size"]
+        for column, values in zip(self.columns, state["columns"], strict=True):
+            column[: self.size] = values
+
 
 # Flow policy
+def average_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    """Averages in place over the processes that torchrun started, on shards of equal size. Returns: the tensors."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensors
+
+
 class Normalizer(nn.Module):
     """Shifts and scales observations by statistics that travel in the state dict."""
 
@@ -356,10 +362,11 @@ class Normalizer(nn.Module):
         self.register_buffer("std", torch.ones(obs_dim))
 
     def fit(self, obs: Tensor) -> None:
-        """Takes the statistics of obs (n, O); a feature that is constant there is only shifted."""
+        """Takes the statistics of obs (n, O), of all ranks together; a feature that is constant there is only shifted."""
         std, mean = torch.std_mean(obs, dim=0, correction=0)
-        self.mean.copy_(mean)
-        self.std.copy_(torch.where(std < 1e-4, 1.0, std))
+        (self.mean,) = average_over_ranks([mean.clone()])
+        (variance,) = average_over_ranks([std**2 + (mean - self.mean) ** 2])
+        self.std = torch.where(variance < 1e-8, 1.0, variance.sqrt())
 
     def forward(self, obs: Tensor) -> Tensor:
         return ((obs - self.mean) / self.std).clamp(-10, 10)
@@ -427,12 +434,14 @@ class CriticEnsemble(nn.Module):
         layers = []
         for i, o in itertools.pairwise([obs_dim + chunk_dim] + [hidden_dim] * 3):
             layers += [EnsembleLinear(num_critics, i, o), nn.LayerNorm(o, elementwise_affine=False), nn.SiLU()]
-        self.net = nn.Sequential(*layers, EnsembleLinear(num_critics, hidden_dim, 1))
+        self.net, self.head = nn.Sequential(*layers), EnsembleLinear(num_critics, hidden_dim, 1)
 
     def forward(self, obs: Tensor, chunk: Tensor) -> Tensor:
         """Args: obs (B, O), chunk (B, D). Returns: Q (M, B)."""
         x = torch.cat([self.normalize(obs), chunk], dim=1)
-        return self.net(x.expand(self.num_critics, -1, -1)).squeeze(2)
+        hidden = self.net(x.expand(self.num_critics, -1, -1))
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot tell -20.0 from -20.06
+            return self.head(hidden.float()).squeeze(2)
 
 
 # The algorithm
@@ -470,41 +479,45 @@ def poco_loss(candidate_losses: Tensor, weights: Tensor, bc_losses: Tensor, post
     return posterior_coef * posterior + bc_losses.mean()
 
 
-def gradient_step(optimizer: torch.optim.Optimizer, loss: Tensor, name: str) -> None:
-    """Raises: FloatingPointError, before any weight has changed, if the loss is not finite."""
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the {name} loss became NaN or infinite")
+def gradient_step(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
+    """One step of fused Adam on the gradient, averaged over the ranks; one that is not finite changes no weight. Returns: its norm."""
     optimizer.zero_grad()
     loss.backward()
+    gradients = average_over_ranks([parameter.grad for parameter in optimizer.param_groups[0]["params"]])
+    norm = nn.utils.get_total_norm(gradients)
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # the kernel looks at it, so that nobody has to wait for the device
     optimizer.step()
+    return norm
 
 
 def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
     """One TD step on chunks, then a Polyak step of the targets. Returns: metrics."""
-    with torch.no_grad():
+    with torch.no_grad(), mixed_precision(args, batch.obs.device):
         next_q = aggregate(target_critic(batch.next_obs, policy.sample(batch.next_obs)), args.q_aggregation)
         target = td_target(batch.reward, next_q, batch.terminated, args.gamma, args.chunk_size)
-    q = critic(batch.obs, batch.chunk)  # (M, B)
+    with mixed_precision(args, batch.obs.device):
+        q = critic(batch.obs, batch.chunk)  # (M, B)
     loss = critic_loss(q, target, batch.valid)
-    gradient_step(optimizer, loss, "critic")
+    grad_norm = gradient_step(optimizer, loss)
     with torch.no_grad():
         torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
-    return {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean()}
+    return {"losses/qf_loss": loss.detach(), "losses/qf_values": q.detach().mean(), "losses/qf_grad_norm": grad_norm}
 
 
 def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) -> dict[str, Tensor]:
     """One POCO step: draw N candidates per state, weigh them by value, regress on them and on the buffer. Returns: metrics."""
     n = args.num_candidates
     obs = batch.obs[: args.posterior_batch_size].repeat_interleave(n, dim=0)  # (B * N, O)
-    with torch.no_grad():
+    with torch.no_grad(), mixed_precision(args, obs.device):
         candidates = policy.sample(obs)
         q = aggregate(target_critic(obs, candidates), args.q_aggregation).view(-1, n)
         weights = posterior_weights(q, args.temperature)
-    candidate_losses = policy.bc_loss(obs, candidates, None).view(-1, n)
-    bc_losses = policy.bc_loss(batch.obs, batch.chunk, batch.valid)
+    with mixed_precision(args, obs.device):
+        candidate_losses = policy.bc_loss(obs, candidates, None).view(-1, n)
+        bc_losses = policy.bc_loss(batch.obs, batch.chunk, batch.valid)
     loss = poco_loss(candidate_losses, weights, bc_losses, args.posterior_coef, args.clip_threshold)
-    gradient_step(optimizer, loss, "policy")
     return {
+        "losses/actor_grad_norm": gradient_step(optimizer, loss),
         "losses/actor_loss": loss.detach(),
         "losses/bc_loss": bc_losses.detach().mean(),
         "losses/candidate_loss": candidate_losses.detach().mean(),
@@ -549,41 +562,86 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
 
 
 # Checkpoint
+FORMAT = 1
+MAY_CHANGE = {  # when a run is resumed
+    "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "resume",
+    "device", "torch_threads", "bf16", "compile", "cudagraphs",
+}  # fmt: skip
+
+
 def make_networks(args: Args, device: torch.device) -> tuple[FlowPolicy, CriticEnsemble]:
     """Policy and critics of the sizes that the environment and the arguments ask for."""
     env = make_env(args.env_id, args.chunk_size)
     (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     env.close()
-    policy = FlowPolicy(obs_dim, args.chunk_size * action_dim, args.hidden_dim, args.flow_steps)
-    critic = CriticEnsemble(obs_dim, args.chunk_size * action_dim, args.num_critics, args.hidden_dim)
-    return policy.to(device), critic.to(device)
+    try:
+        policy = FlowPolicy(obs_dim, args.chunk_size * action_dim, args.hidden_dim, args.flow_steps)
+        critic = CriticEnsemble(obs_dim, args.chunk_size * action_dim, args.num_critics, args.hidden_dim)
+        return policy.to(device), critic.to(device)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:  # torch has several names for it
+        raise UserError(f"--hidden-dim {args.hidden_dim} and --num-critics {args.num_critics} do not fit into memory.") from error
 
 
-def save_policy(path: Path, policy: nn.Module, critic: nn.Module, args: Args) -> None:
-    """Writes weights, observation statistics and arguments; an older file stays until the new one is whole."""
-    content = {"method": METHOD, "args": asdict(args), "policy": policy.state_dict(), "critic": critic.state_dict()}
-    torch.save(content, path.with_suffix(".tmp"))
+def make_buffer(policy: FlowPolicy, args: Args, device: torch.device) -> ReplayBuffer:
+    action_dim = policy.chunk_dim // args.chunk_size
+    try:
+        return ReplayBuffer(args.buffer_size, len(policy.normalize.mean), action_dim, args.chunk_size, args.gamma, device)
+    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+        raise UserError(f"--buffer-size {args.buffer_size} does not fit into memory.") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes data; an older file stays until the new one is whole and on the disk."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def save_file(path: Path, args: Args, content: dict) -> None:
+    """Writes content beside method and arguments."""
+    data = io.BytesIO()
+    torch.save({"format": FORMAT, "method": METHOD, "args": asdict(args) | {"resume": None}} | content, data)
+    write_file(path, data.getbuffer())
+
+
+def read_file(path: Path, device: torch.device) -> tuple[Args, dict]:
+    """Returns: a run's arguments, and what save_file was given. Raises: UserError if the file is not whole or not of this script."""
+    if not path.is_file():
+        raise UserError(f"There is no file {path}.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch does not compare the checksums
+                raise ValueError("a checksum is wrong")
+        content = torch.load(path, map_location=device, weights_only=True)  # never unpickles arbitrary objects
+        written_by, args = (content["method"], content["format"]), content["args"] | {"device": "auto"}  # it may come from a GPU
+    except Exception as error:  # a damaged file can make torch raise anything
+        raise UserError(f"{path} is damaged or not a file of this script ({type(error).__name__}).") from error
+    if written_by != (METHOD, FORMAT):
+        raise UserError(f"{path} was written by {written_by[0]}.py, format {written_by[1]}, and not by {METHOD}.py, format {FORMAT}.")
+    with fitting(path, "its arguments"):
+        args = Args(**args)
+        check_args(args)
+    return args, content
+
+
+@contextlib.contextmanager
+def fitting(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a file's wrong content raises into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path} does not fit this {METHOD}.py: {what} is missing or has other names, shapes or values.") from error
 
 
 def load_policy(path: Path, device: torch.device) -> tuple[Args, FlowPolicy, CriticEnsemble]:
     """Returns: a run's arguments, policy and critics. Raises: UserError if the file is not a whole policy file of this script."""
-    if not path.is_file():
-        raise UserError(f"There is no policy file {path}.")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)  # never unpickles arbitrary objects
-        method, args = content["method"], Args(**(content["args"] | {"device": "auto"}))  # trained elsewhere, perhaps on CUDA
-        check_args(args)
-    except Exception as error:  # a damaged file can make torch raise anything
-        raise UserError(f"{path} is damaged or not a policy file ({type(error).__name__}).") from error
-    if method != METHOD:
-        raise UserError(f"{path} was written by {method}.py and not by {METHOD}.py.")
+    args, content = read_file(path, device)
     policy, critic = make_networks(args, device)
-    try:
-        policy.load_state_dict(content["policy"])
-        critic.load_state_dict(content["critic"])
-    except Exception as error:
-        raise UserError(f"{path} does not fit {args.env_id}: its weights have other names or shapes.") from error
+    for name, network in (("policy", policy), ("critic", critic)):
+        with fitting(path, name):
+            network.load_state_dict(content[name])
     return args, policy, critic
 
 
@@ -598,162 +656,302 @@ def evaluate_file(args: Args, device: torch.device) -> dict[str, float]:
     return result
 
 
+def resumed_args(args: Args, typed: list[str] | None = None) -> Args:
+    """The arguments of the run in args.resume, with what is typed beside --resume. Raises: UserError if that would be another run."""
+    if (args.resume / "checkpoint.pt").is_file():
+        saved, _ = read_file(args.resume / "checkpoint.pt", torch.device("cpu"))
+    else:  # it was stopped before its first checkpoint, and begins again
+        with fitting(args.resume / "args.json", "the file"):
+            saved = Args(**json.loads((args.resume / "args.json").read_text()))
+    saved.resume = args.resume
+    args = tyro.cli(Args, default=saved, args=typed)
+    for name, value in vars(saved).items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            raise UserError(f"--{name.replace('_', '-')} was {value} in {args.resume} and cannot become {getattr(args, name)}.")
+    return args
+
+
 # Training
 FINAL_EPISODES = 100
 COLUMNS = (
-    "global_step", "eval/success", "eval/return", "eval/ode_success", "charts/success", "charts/episodic_return", "charts/buffer_size",
-    "losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/bc_loss", "losses/candidate_loss", "losses/effective_samples",
-    "losses/clip_fraction", "losses/candidate_q_std",
+    "global_step", "eval/success", "eval/return", "eval/ode_success",
+    "charts/success", "charts/episodic_return", "charts/episodic_length", "charts/buffer_size",
+    "losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/qf_grad_norm", "losses/actor_grad_norm", "losses/bc_loss",
+    "losses/candidate_loss", "losses/effective_samples", "losses/clip_fraction", "losses/candidate_q_std",
 )  # fmt: skip
 
 
 class RunLog:
-    """The folder of a run: args.json, metrics.csv with the means since the row before, wall_time.csv, policy files, summary.json."""
+    """The folder of a run: args.json, metrics.csv with the means since the row before, wall_time.csv; the policies and summary.json."""
 
-    def __init__(self, args: Args, start_time: float):
-        self.start_time, self.values = start_time, defaultdict(list)
-        self.dir = Path("runs") / f"{args.env_id}__{METHOD}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    def __init__(self, args: Args, start_time: float, texts: dict[str, str] | None):
+        self.start_time, self.sums, self.counts, self.dir = start_time, {}, Counter(), args.resume
+        texts = texts or {"metrics.csv": ",".join(COLUMNS) + "\n", "wall_time.csv": "global_step,seconds\n"}
+        texts = {"args.json": json.dumps(asdict(args) | {"resume": None}, indent=2)} | texts
         try:
-            self.dir.mkdir(parents=True)
-            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-            (self.dir / "metrics.csv").write_text(",".join(COLUMNS) + "\n")
-            (self.dir / "wall_time.csv").write_text("global_step,seconds\n")  # apart, so that equal runs have equal metrics
+            while self.dir is None:
+                folder = Path("runs") / f"{args.env_id}__{METHOD}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+                try:
+                    folder.mkdir(parents=True)
+                    self.dir = folder
+                except FileExistsError:  # of another run that began in this second
+                    time.sleep(1)
+            self.lock = open(self.dir / "lock", "w")
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name, text in texts.items():
+                write_file(self.dir / name, text.encode())
+        except BlockingIOError as error:
+            raise UserError(f"{self.dir} belongs to a run that is still going on.") from error
         except OSError as error:
-            raise UserError(f"The folder {self.dir} cannot be made: {error.strerror}.") from error
+            raise UserError(f"The folder {self.dir or 'runs'} cannot be written: {error.strerror}.") from error
 
     def record(self, values: dict[str, float | Tensor]) -> None:
-        for name, value in values.items():
-            self.values[name].append(value)
+        for name, value in values.items():  # summed where they are: .item() would wait for the device
+            self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] += 1
 
     def write_row(self, step: int) -> dict[str, float]:
-        means = {name: float(np.mean([float(value) for value in values])) for name, values in self.values.items()}
+        """Writes and returns the means."""
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, Counter()
         with open(self.dir / "metrics.csv", "a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"global_step": step} | means)
-        with open(self.dir / "wall_time.csv", "a") as file:
+        with open(self.dir / "wall_time.csv", "a") as file:  # apart, so that equal runs have equal metrics
             file.write(f"{step},{time.time() - self.start_time:.1f}\n")
-        self.values.clear()
         return means
 
 
+def mixed_precision(args: Args, device: torch.device) -> torch.autocast:
+    """bfloat16 for matrix products where args and the processor have it."""
+    if device.type == "cpu":
+        hardware = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+    else:
+        hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and hardware)
+
+
+def accelerate(update: Callable, args: Args) -> Callable:
+    """update(*tensors) -> metrics: compiled with --compile; with --cudagraphs recorded once, then replayed without Python."""
+    update = torch.compile(update) if args.compile else update
+    if not args.cudagraphs:
+        return update
+    graph, stream, calls, own, metrics = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
+
+    def replay(*tensors: Tensor) -> dict[str, Tensor]:
+        call = next(calls)
+        if call < 3:  # ordinary ones, in which Adam's state and the libraries' workspaces come into being
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                result = update(*tensors)
+            torch.cuda.current_stream().wait_stream(stream)
+            return result
+        if call == 3:
+            own.extend(tensor.clone() for tensor in tensors)
+            with torch.cuda.graph(graph):
+                metrics.update(update(*own))
+        for static, given in zip(own, tensors, strict=True):
+            static.copy_(given)
+        graph.replay()
+        return metrics
+
+    return replay
+
+
+def behaviour_cloning(policy, critic, optimizer, buffer: ReplayBuffer, args: Args, log: RunLog) -> None:
+    """Fits the policy to the buffer by its flow-matching loss, up to --bc-success-cap."""
+    below_cap = copy.deepcopy(policy.state_dict())
+    for step in tqdm(range(1, args.bc_steps + 1), desc="behaviour cloning", leave=False):
+        batch = buffer.windows(buffer.draw(args.batch_size))
+        loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
+        log.record({"losses/bc_loss": loss.detach(), "losses/actor_grad_norm": gradient_step(optimizer, loss)})
+        if args.bc_success_cap < 1 and (step % max(args.bc_steps // 10, 1) == 0 or step == args.bc_steps):
+            if evaluate(policy, critic, args, 1, FINAL_EPISODES)["success"] > args.bc_success_cap:
+                tqdm.write(f"cloning went above --bc-success-cap by step {step}: back to the evaluation before that")
+                policy.load_state_dict(below_cap)
+                break
+            below_cap = copy.deepcopy(policy.state_dict())
+
+
 def main(args: Args) -> dict:
-    """Trains, or evaluates a file. Returns: the numbers of the summary. Raises: UserError, and after saving KeyboardInterrupt and
-    FloatingPointError."""
+    """Trains, or evaluates a file. Returns: the summary. Raises: UserError, and after saving KeyboardInterrupt and RunError."""
     start_time = time.time()
     check_args(args)
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if args.evaluate:
         return evaluate_file(args, device)
+    checkpoint_path = args.resume / "checkpoint.pt" if args.resume else None
+    checkpoint = read_file(checkpoint_path, device)[1] if args.resume and checkpoint_path.is_file() else None
+
+    # data parallel: torchrun starts ranks with equal weights; each has its own environments, noise and part of the data
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(args.seed)
     policy, critic = make_networks(args, device)
-    target_critic = copy.deepcopy(critic)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
-    obs_dim, action_dim = len(policy.normalize.mean), policy.chunk_dim // args.chunk_size
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, args.chunk_size, args.gamma, device)
-    demos = make_demonstrations(args) if args.dataset == "scripted" else []
+    if rank:  # the first one evaluates, logs and saves
+        scratch = tempfile.TemporaryDirectory()
+        args = replace(args, seed=args.seed + 1000 * rank, resume=Path(scratch.name))
+        torch.manual_seed(args.seed)
+        sys.stdout, tqdm.__init__ = open(os.devnull, "w"), partialmethod(tqdm.__init__, disable=True)
 
-    log, step, summary, best = RunLog(args, start_time), 0, {}, (-math.inf, -math.inf)
+    target_critic, adam = copy.deepcopy(critic), partial(torch.optim.Adam, fused=True, capturable=args.cudagraphs)
+    critic_optimizer = adam(critic.parameters(), lr=args.learning_rate)
+    policy_optimizer = adam(policy.parameters(), lr=args.learning_rate)
+    buffer = make_buffer(policy, args, device)
+    learner = {"policy": policy, "critic": critic, "target_critic": target_critic, "buffer": buffer}
+    learner |= {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
+    acting = torch.Generator().manual_seed(args.seed)
+    progress, summary, texts = {"env_steps": 0, "episodes": 0, "learning": False}, {}, None
+    if checkpoint:
+        with fitting(checkpoint_path, "its state"):
+            state, texts = checkpoint["ranks"][rank], checkpoint["texts"]
+            for name, part in learner.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["random"].cpu())
+            acting.set_state(state["acting"].cpu())
+            progress, summary = state["progress"], state["summary"]
+            start_time -= summary["wall_time_s"]
+    demos = make_demonstrations(args) if args.dataset == "scripted" and not checkpoint else []
+    log = RunLog(args, start_time, texts)
 
     def evaluate_and_save(num_episodes):
-        nonlocal best
+        step = progress["env_steps"]
         single = evaluate(policy, target_critic, args, 1, num_episodes)
         choosing = args.best_of_n > 1 and step > 0  # at the start the critics know nothing
         result = evaluate(policy, target_critic, args, args.best_of_n, num_episodes) if choosing else single
         tqdm.write(f"step {step:>7}: {result_line(result)}" + f"; ODE policy {single['success']:.2f}" * choosing)
         log.record({"eval/success": result["success"], "eval/return": result["return"], "eval/ode_success": single["success"]})
-        save_policy(log.dir / "policy.pt", policy, target_critic, args)
-        score = float(np.nan_to_num(result["success"])), result["return"]  # without is_success the return decides
-        if score >= best:
-            best, summary["best_success"], summary["best_step"] = score, result["success"], step
-            save_policy(log.dir / "policy_best.pt", policy, target_critic, args)
-        return result
+        save_policy("policy.pt")
+        summary.setdefault("bc_success", result["success"])
+        summary["final_success"], summary["final_return"] = result["success"], result["return"]
+        summary["final_success_interval"] = wilson_interval(result["successes"], result["episodes"])
+        score = [float(np.nan_to_num(result["success"])), result["return"]]  # without is_success the return decides
+        if score >= progress.get("best", score):
+            progress["best"], summary["best_success"], summary["best_step"] = score, result["success"], step
+            save_policy("policy_best.pt")
+
+    def save_policy(name):
+        save_file(log.dir / name, args, {"policy": policy.state_dict(), "critic": target_critic.state_dict()})
+
+    def save_checkpoint():
+        summary["wall_time_s"] = round(time.time() - log.start_time, 1)
+        state = {name: part.state_dict() for name, part in learner.items()} | {"progress": progress, "summary": summary}
+        state |= {"random": torch.get_rng_state(), "acting": acting.get_state()}
+        states = [state] * num_ranks
+        if num_ranks > 1:
+            dist.gather_object(state, None if rank else states)
+        texts = {name: (log.dir / name).read_text() for name in ("metrics.csv", "wall_time.csv")}
+        save_file(log.dir / "checkpoint.pt", args, {"ranks": states, "texts": texts})
 
     def fit_normalizers():
         for network in (policy, critic, target_critic):
             network.normalize.fit(buffer.obs[: buffer.size])
 
-    interruption = result = None
+    def critic_step(start):
+        return update_critic(policy, critic, target_critic, critic_optimizer, buffer.windows(start), args)
+
+    def policy_step(start):
+        return update_policy(policy, target_critic, policy_optimizer, buffer.windows(start), args)
+
+    critic_step, policy_step = accelerate(critic_step, args), accelerate(policy_step, args)
+
+    interruption = None
     try:
         # offline: clone the demonstrations
-        if demos:
-            print(f"demonstrations: {len(demos)} episodes, success {np.mean([episode.success for episode in demos]):.2f}")
-            for episode in demos:
-                buffer.add_episode(episode)
-            fit_normalizers()
-            below_cap = copy.deepcopy(policy.state_dict())
-            for bc_step in tqdm(range(1, args.bc_steps + 1), desc="behaviour cloning", leave=False):
-                batch = buffer.sample(args.batch_size)
-                loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
-                gradient_step(policy_optimizer, loss, "behaviour-cloning")
-                log.record({"losses/bc_loss": loss.detach()})
-                if args.bc_success_cap < 1 and (bc_step % max(args.bc_steps // 10, 1) == 0 or bc_step == args.bc_steps):
-                    if evaluate(policy, critic, args, 1, FINAL_EPISODES)["success"] > args.bc_success_cap:
-                        tqdm.write(f"cloning went above --bc-success-cap by step {bc_step}: back to the evaluation before that")
-                        policy.load_state_dict(below_cap)
-                        break
-                    below_cap = copy.deepcopy(policy.state_dict())
-        result = evaluate_and_save(FINAL_EPISODES)
-        summary["bc_success"] = result["success"]
-        log.write_row(step)
+        if not checkpoint:
+            if demos:
+                print(f"demonstrations: {len(demos)} episodes, success {np.mean([episode.success for episode in demos]):.2f}")
+                for episode in demos:
+                    buffer.add_episode(episode)
+                fit_normalizers()
+                behaviour_cloning(policy, critic, policy_optimizer, buffer, args, log)
+            if rank == 0:
+                evaluate_and_save(FINAL_EPISODES)
+            log.write_row(0)
+            save_checkpoint()
 
         # online: act, evaluate actions, improve the policy
-        act = partial(choose_chunks, policy, target_critic, args.best_of_n, torch.Generator().manual_seed(args.seed))
-        make, seeds = partial(make_env, args.env_id, args.chunk_size), itertools.count((2 * args.seed + 2) * 10**6)
-        fitted, recent, bar = bool(demos), deque(maxlen=50), tqdm(total=args.total_timesteps, unit="step")
-        for finished in rollout(make, args.num_envs, act, args.chunk_size, seeds):
-            for episode in finished:
-                buffer.add_episode(episode)
-                recent.append(episode.success)
-                log.record({"charts/success": episode.success, "charts/episodic_return": episode.rewards.sum()})
-            previous, step = step, step + args.num_envs
-            bar.update(args.num_envs)
-            last = step >= args.total_timesteps
-            learning = buffer.size >= args.batch_size
-            if learning and not fitted:  # there were no demonstrations
-                fit_normalizers()
-                fitted = True
-            for _ in range(int(step * args.utd_ratio) - int(previous * args.utd_ratio) if learning else 0):
-                batch = buffer.sample(args.batch_size)
-                log.record(update_critic(policy, critic, target_critic, critic_optimizer, batch, args))
-                if step > args.critic_warmup_steps:
-                    log.record(update_policy(policy, target_critic, policy_optimizer, batch, args))
+        act = partial(choose_chunks, policy, target_critic, args.best_of_n, acting)
+        make = partial(make_env, args.env_id, args.chunk_size)
+        bar = tqdm(total=args.total_timesteps, initial=progress["env_steps"], unit="step")
+        while progress["env_steps"] < args.total_timesteps:
+            # after a checkpoint the environments begin anew, as they do in a resumed run, so that their states need not be saved
+            seeds = itertools.count((2 * args.seed + 2) * 10**6 + progress["episodes"])
+            for finished in rollout(make, args.num_envs, act, args.chunk_size, seeds):
+                for episode in finished:
+                    buffer.add_episode(episode)
+                    progress["episodes"] += 1
+                    charts = {"success": episode.success, "episodic_return": episode.rewards.sum(), "episodic_length": len(episode.rewards)}
+                    log.record({f"charts/{name}": value for name, value in charts.items()})
+                previous, step = progress["env_steps"], progress["env_steps"] + args.num_envs * num_ranks
+                progress["env_steps"] = step
+                bar.update(step - previous)
+                if not progress["learning"]:  # begins when every rank has a batch
+                    (ready,) = average_over_ranks([torch.tensor(float(buffer.size >= args.batch_size), device=device)])
+                    progress["learning"] = bool(ready == 1)
+                    if progress["learning"] and args.dataset == "none":
+                        fit_normalizers()
+                if progress["learning"]:
+                    for _ in range(int(step * args.utd_ratio) - int(previous * args.utd_ratio)):
+                        start = buffer.draw(args.batch_size)
+                        log.record(critic_step(start))
+                        if step > args.critic_warmup_steps:
+                            log.record(policy_step(start))
 
-            if last or step // args.eval_interval > previous // args.eval_interval:
-                result = evaluate_and_save(FINAL_EPISODES if last else args.eval_episodes)
-            if last or step // args.log_interval > previous // args.log_interval:
-                log.record({"charts/buffer_size": buffer.size})
-                means = log.write_row(step)
-                shown = {"Q": "qf_values", "ESS": "effective_samples", "clipped": "clip_fraction"}
-                shown = {name: means.get(f"losses/{column}", math.nan) for name, column in shown.items()}
-                bar.set_postfix(success=np.mean(recent) if recent else math.nan, **shown)
-            if last:
-                break
-    except (KeyboardInterrupt, FloatingPointError) as error:
+                def due(interval, step=step, previous=previous):
+                    return step >= args.total_timesteps or step // interval > previous // interval
+
+                if due(args.eval_interval) and rank == 0:
+                    evaluate_and_save(FINAL_EPISODES if step >= args.total_timesteps else args.eval_episodes)
+                if due(args.log_interval) or due(args.checkpoint_interval):  # a checkpoint holds no half of a row
+                    log.record({"charts/buffer_size": buffer.size})
+                    means = log.write_row(step)
+                    bar.set_postfix(success=means.get("charts/success"), Q=means.get("losses/qf_values"))
+                    for name, value in means.items():
+                        if name.startswith("losses/") and not math.isfinite(value):
+                            raise RunError(f"{name} became NaN or infinite")
+                    if means.get("charts/episodic_length", math.inf) < args.chunk_size:
+                        raise RunError(f"episodes end before a chunk of {args.chunk_size} steps does")
+                if due(args.checkpoint_interval):
+                    save_checkpoint()
+                    break
+    except (KeyboardInterrupt, RunError, OSError) as error:
         interruption = error
-        save_policy(log.dir / "policy.pt", policy, target_critic, args)
-        log.write_row(step)
         summary["stopped"] = str(error) or type(error).__name__
-
-    summary |= {"env_steps": step, "wall_time_s": round(time.time() - start_time, 1)}
-    if result:
-        interval = wilson_interval(result["successes"], result["episodes"])
-        summary |= {"final_success": result["success"], "final_return": result["return"], "final_success_interval": interval}
+    step = progress["env_steps"]
+    summary |= {"env_steps": step, "wall_time_s": round(time.time() - log.start_time, 1)}
     summary["evaluate_again"] = f"python {METHOD}.py --evaluate {log.dir / 'policy.pt'}"
-    (log.dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    try:
+        if interruption:
+            summary["go_on"] = f"python {METHOD}.py --resume {log.dir}"
+            save_policy("policy.pt")
+            log.write_row(step)
+        write_file(log.dir / "summary.json", json.dumps(summary, indent=2).encode())
+    except OSError as error:  # the disk may be full
+        interruption = interruption or error
     print(f"\n{args.env_id}, seed {args.seed}")
     for name, value in summary.items():
         print(f"  {name:<23}{value}")
+    log.lock.close()
+    if num_ranks > 1:
+        dist.destroy_process_group()
+    if isinstance(interruption, KeyboardInterrupt):
+        raise interruption
     if interruption:
-        raise type(interruption)(f"environment step {step}: {interruption}") from interruption
+        raise RunError(f"environment step {step}: {interruption}; what was saved is whole") from interruption
     return summary
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
-    except (UserError, FloatingPointError) as error:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it before they take the machine
+        arguments = tyro.cli(Args)
+        main(resumed_args(arguments) if arguments.resume else arguments)
+    except (UserError, RunError) as error:
         print(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:

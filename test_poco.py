@@ -7,9 +7,13 @@ import ast
 import copy
 import csv
 import functools
+import gc
+import itertools
 import json
 import os
 import pickle
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,9 +73,10 @@ def without(source, names):
 
 def args_fields(script):
     """Each argument's type and help; the defaults may differ."""
-    (node,) = (node for node in ast.parse(Path(script.__file__).read_text()).body if getattr(node, "name", "") == "Args")
-    pairs = zip(node.body, node.body[1:], strict=False)
-    return {a.target.id: (ast.unparse(a.annotation), ast.unparse(b)) for a, b in pairs if isinstance(a, ast.AnnAssign)}
+    source = Path(script.__file__).read_text().splitlines()
+    (node,) = (node for node in ast.parse("\n".join(source)).body if getattr(node, "name", "") == "Args")
+    fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+    return {field.target.id: (ast.unparse(field.annotation), source[field.lineno - 1].partition("# ")[2]) for field in fields}
 
 
 def test_what_both_scripts_share_is_identical_to_the_letter():
@@ -88,7 +93,7 @@ def test_arguments_of_the_same_name_mean_the_same():
     shared = [name for name in fields[0] if name in fields[1]]
     assert shared == [name for name in fields[1] if name in fields[0]] and len(shared) > 25
     for name in shared:
-        assert fields[0][name] == fields[1][name]
+        assert fields[0][name] == fields[1][name] and fields[0][name][1]
 
 
 # Flow policy
@@ -122,13 +127,13 @@ def test_sample_is_euler_integration_from_noise():
 
 def test_flow_fitted_to_two_modes_samples_both_in_proportion():
     policy = FlowPolicy(obs_dim=1, chunk_dim=2, hidden_dim=64, flow_steps=20)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=2000)
     for _ in range(2000):
         obs = torch.randint(2, (512, 1)).float()  # the share of the upper mode is 0.3 for one observation, 0.8 for the other
         upper = torch.rand(512, 1) < 0.3 + 0.5 * obs
         chunk = torch.where(upper, 0.6, -0.4) + 0.05 * torch.randn(512, 2)
-        poco.gradient_step(optimizer, policy.bc_loss(obs, chunk, None).mean(), "bc")
+        poco.gradient_step(optimizer, policy.bc_loss(obs, chunk, None).mean())
         schedule.step()
     with torch.no_grad():
         for value, share in ((0.0, 0.3), (1.0, 0.8)):
@@ -168,7 +173,7 @@ def test_critic_ensemble_is_independent_networks_with_layer_norm():
         for layer in (0, 3, 6):
             h = h @ w[f"net.{layer}.weight"][m] + w[f"net.{layer}.bias"][m]
             h = silu((h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-5))
-        expected.append((h @ w["net.9.weight"][m] + w["net.9.bias"][m])[:, 0])
+        expected.append((h @ w["head.weight"][m] + w["head.bias"][m])[:, 0])
     q = critic(torch.tensor(obs).float(), torch.tensor(chunk).float())
     np.testing.assert_allclose(q.detach(), expected, rtol=1e-4, atol=1e-5)
     assert q.std(0).min() > 1e-3  # members start apart
@@ -206,9 +211,9 @@ def test_critic_converges_to_the_values_of_a_small_mdp(terminated):
     buffer.add_episode(Trajectory(np.eye(5)[state], np.ones((n, 1)), 1.0 * (np.arange(n) % 4 == 3), terminated, 1.0, 0))
     args = Args(chunk_size=2, gamma=gamma, tau=0.05)
     critic, target = (CriticEnsemble(5, 2, 2, hidden_dim=32) for _ in range(2))
-    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3, fused=True)
     for _ in range(1500):
-        poco.update_critic(ConstantPolicy(2), critic, target, optimizer, buffer.sample(32), args)
+        poco.update_critic(ConstantPolicy(2), critic, target, optimizer, buffer.windows(buffer.draw(32)), args)
     steps = [0, 2] if terminated else [0, 1, 2, 3]  # of a terminated row, an odd step only sees padded windows further on
     values = [gamma ** (3 - i) / (1 if terminated else 1 - gamma**4) for i in steps]
     q = critic(torch.eye(5)[steps], torch.ones(len(steps), 2))
@@ -261,7 +266,7 @@ def two_mode_bandit(**settings):
     """A clone with 80 % of its mass at -0.5 and 20 % at +0.5, where +0.5 is worth 1 and -0.5 nothing. Returns: share of +0.5 after POCO."""
     args = Args(num_candidates=8, posterior_batch_size=64, **settings)
     policy = FlowPolicy(obs_dim=1, chunk_dim=1, hidden_dim=64, flow_steps=10)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3, fused=True)
 
     def value(obs, chunk):  # stands for the critics, (M, B)
         return (chunk.T > 0).float()
@@ -270,7 +275,7 @@ def two_mode_bandit(**settings):
         chunk = torch.where(torch.rand(128, 1) < 0.2, 0.5, -0.5) + 0.05 * torch.randn(128, 1)
         batch = poco.Batch(torch.zeros(128, 1), chunk, None, None, None, torch.ones(128, 1))
         if step < 600:
-            poco.gradient_step(optimizer, policy.bc_loss(batch.obs, chunk, None).mean(), "bc")
+            poco.gradient_step(optimizer, policy.bc_loss(batch.obs, chunk, None).mean())
         else:
             metrics = poco.update_policy(policy, value, optimizer, batch, args)
     with torch.no_grad():
@@ -463,10 +468,10 @@ def test_at_the_old_parameters_the_ratio_is_one_and_the_gradient_the_policy_grad
 def bandit_clone():
     """A policy with 80 % of its mass at -0.5 and 20 % at +0.5."""
     policy = ogpo.FlowPolicy(obs_dim=1, chunk_dim=1, hidden_dim=32, flow_steps=5)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3, fused=True)
     for _ in range(600):
         chunk = torch.where(torch.rand(128, 1) < 0.2, 0.5, -0.5) + 0.05 * torch.randn(128, 1)
-        ogpo.gradient_step(optimizer, policy.bc_loss(torch.zeros(128, 1), chunk, None).mean(), "bc")
+        ogpo.gradient_step(optimizer, policy.bc_loss(torch.zeros(128, 1), chunk, None).mean())
     return policy
 
 
@@ -476,7 +481,7 @@ def ogpo_bandit(steps=200, success_chunk=None, **settings):
     args = ogpo.Args(**(fixed | {"success_coef": 0.0, "conservative": False} | settings))
     policy = copy.deepcopy(bandit_clone())
     old_policy, slow_policy = copy.deepcopy(policy), copy.deepcopy(policy)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, fused=True)
 
     def value(obs, chunk):  # stands for the critics, (M, B)
         return (chunk.T > 0).float() * torch.tensor([[1.0], [2.0]])
@@ -532,7 +537,7 @@ def test_next_chunk_samples_average_the_td_target():
                 network.weight.fill_(weight)
                 network.bias.fill_(0.0)
         args = ogpo.Args(next_samples=n, next_reduction=reduction, chunk_size=1, gamma=1.0)
-        optimizer = torch.optim.SGD(critic.parameters(), lr=0.0)
+        optimizer = torch.optim.SGD(critic.parameters(), lr=0.0, fused=True)
         losses[n, reduction] = ogpo.update_critic(NoisyPolicy(), critic, target, optimizer, batch, args)["losses/qf_loss"].item()
     assert losses[1, "mean"] == pytest.approx(1, rel=0.1)  # the variance of one draw
     assert losses[8, "mean"] == pytest.approx(1 / 8, rel=0.1)
@@ -548,7 +553,7 @@ def test_td_target_and_windows_on_a_hand_made_episode():
     for terminated in (True, False):
         buffer = ReplayBuffer(10, 1, 1, chunk_size=3, gamma=gamma)
         buffer.add_episode(Trajectory(obs, np.arange(1.0, 5)[:, None] / 10, rewards, terminated, 0.0, 0))
-        batch = buffer.sample(200)
+        batch = buffer.windows(buffer.draw(200))
         next_q = 100 + batch.next_obs[:, 0]
         target = poco.td_target(batch.reward, next_q, batch.terminated, gamma, 3)
         seen = {int(o): i for i, o in enumerate(batch.obs[:, 0])}
@@ -577,7 +582,7 @@ def test_buffer_never_mixes_episodes(capacity):
         buffer.add_episode(Trajectory(obs, (episode * 100 + np.arange(n))[:, None], np.ones(n), episode % 2 == 0, 0.0, 0))
         written += [(episode, step, n) for step in range(n)]
         lengths = {e: length for e, _, length in written}
-        batch = buffer.sample(300)
+        batch = buffer.windows(buffer.draw(300))
         seen = set()
         for obs, chunk, _, next_obs, terminated, valid in zip(*batch, strict=True):
             e, step = obs.int().tolist()
@@ -750,7 +755,7 @@ def test_policy_stays_the_clone_during_the_warm_up(script, tmp_path, monkeypatch
 
 @both_scripts
 def test_nan_observation_stops_the_run_after_saving(script, tmp_path, monkeypatch):
-    with pytest.raises(FloatingPointError, match=r"environment step \d+.* observation"):
+    with pytest.raises(script.RunError, match=r"environment step \d+.* observation"):
         small_run(script, tmp_path, monkeypatch, env_id="CounterNaN-v0", total_timesteps=3000)
     (run_dir,) = (tmp_path / "runs").iterdir()
     _, policy, _ = script.load_policy(run_dir / "policy.pt", torch.device("cpu"))
@@ -788,13 +793,30 @@ def test_no_demonstration_enters_the_online_buffer_of_ogpo(tmp_path, monkeypatch
         assert (float(last["charts/buffer_size"]) > 150) == expected
 
 
-def test_nan_loss_stops_before_it_reaches_the_weights():
+def test_nan_gradient_changes_no_weight_and_the_next_one_does():
     policy = FlowPolicy(2, 2)
+    optimizer = torch.optim.Adam(policy.parameters(), fused=True)
     before = [parameter.clone() for parameter in policy.parameters()]
-    with pytest.raises(FloatingPointError, match="policy loss"):
-        loss = policy.bc_loss(torch.full((1, 2), torch.nan), torch.ones(1, 2), None).mean()
-        poco.gradient_step(torch.optim.Adam(policy.parameters()), loss, "policy")
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    for value, changes in ((torch.nan, False), (0.5, True)):
+        norm = poco.gradient_step(optimizer, policy.bc_loss(torch.full((1, 2), value), torch.ones(1, 2), None).mean())
+        assert torch.isfinite(norm) == changes
+        assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True)) != changes
+
+
+@both_scripts
+def test_nan_loss_stops_the_run_before_it_reaches_the_weights(script, tmp_path, monkeypatch):
+    calls = []
+
+    def critic_loss(q, target, valid, honest=script.critic_loss):
+        calls.append(None)
+        return honest(q, target, valid) * (torch.nan if len(calls) == 60 else 1.0)
+
+    monkeypatch.setattr(script, "critic_loss", critic_loss)
+    with pytest.raises(script.RunError, match=r"environment step \d+: losses/qf_.* became NaN"):
+        small_run(script, tmp_path, monkeypatch)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    _, _, critic = script.load_policy(run_dir / "policy.pt", torch.device("cpu"))
+    assert all(torch.isfinite(parameter).all() for parameter in critic.parameters())
 
 
 # The command line, as a user types it
@@ -841,18 +863,19 @@ def test_the_printed_command_evaluates_to_the_same_result(reach):
     assert f"success {summary['final_success']:.2f} (" in out
 
 
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
 @both_scripts
-def test_ctrl_c_saves_prints_the_summary_and_exits_130(script, tmp_path):
+def test_ctrl_c_and_sigterm_save_print_the_summary_and_exit_130(script, signal_, tmp_path):
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
     process = start(script, "--env-id", "FetchReach-v4", "--num-demos", 5, "--bc-steps", 20, cwd=tmp_path, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/policy.pt")) and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal_)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert "evaluate_again" in out and "bc_success" in out
+    assert "evaluate_again" in out and "bc_success" in out and "--resume" in out
     (run_dir,) = (tmp_path / "runs").iterdir()
     args, _, _ = script.load_policy(run_dir / "policy.pt", torch.device("cpu"))
     assert args.env_id == "FetchReach-v4"
@@ -942,3 +965,315 @@ def test_damaged_and_malicious_policy_files(reach, tmp_path, monkeypatch):
         with pytest.raises(script.UserError, match=name):
             script.load_policy(Path(name), torch.device("cpu"))
     assert not Path("code_was_run").exists()
+
+
+# Nothing lost
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing handles it."""
+
+
+def killed_run(script, cwd, monkeypatch, after, **settings):
+    """Stops a small run when this many files have been written. Returns: its folder."""
+    written = []
+
+    def write_file(path, data, honest=script.write_file):
+        written.append(path)
+        if len(written) > after:
+            path.with_suffix(".tmp").write_bytes(bytes(data)[: len(data) // 2])
+            raise Killed
+        honest(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "write_file", write_file)
+        try:
+            small_run(script, cwd, patch, **settings)
+        except Killed:
+            killed = True
+        else:
+            killed = False
+    gc.collect()  # lets go of the lock, as the end of a process does
+    (run_dir,) = (cwd / "runs").iterdir()
+    return run_dir, killed
+
+
+RESUMABLE = {"total_timesteps": 240, "checkpoint_interval": 90, "critic_warmup_steps": 60, "eval_interval": 120, "eval_episodes": 2}
+
+
+@both_scripts
+def test_a_run_killed_in_a_write_and_resumed_ends_as_the_undisturbed_run(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "FINAL_EPISODES", 3)
+    monkeypatch.setitem(script.SCRIPTED, "Counter", lambda obs: np.zeros(2))
+    settings = RESUMABLE | {"dataset": "scripted", "num_demos": 5, "bc_steps": 5, "hidden_dim": 8, "batch_size": 16}
+    (tmp_path / "whole").mkdir()
+    whole, _ = killed_run(script, tmp_path / "whole", monkeypatch, 10**9, **settings)
+    kills = 0
+    for after in itertools.count(3):  # args.json and the two tables come first
+        cwd = tmp_path / str(after)
+        cwd.mkdir()
+        run_dir, killed = killed_run(script, cwd, monkeypatch, after, **settings)
+        if not killed:
+            break
+        kills += 1
+        (saved,) = [script.resumed_args(script.Args(resume=run_dir), [])]
+        script.main(saved)
+        assert (run_dir / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+        for name in ("policy.pt", "policy_best.pt", "checkpoint.pt"):
+            a, b = (torch.load(folder / name, weights_only=True) for folder in (run_dir, whole))
+            for part in ("policy", "critic") if "policy" in a else ():
+                assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+    assert kills >= 8
+
+
+@both_scripts
+def test_the_kill_sweep_in_short(script, tmp_path):
+    command = [sys.executable, Path(__file__).parent / "benchmark/kill_sweep.py", "--kills", "3", "--scripts", script.METHOD]
+    result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=400, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "3 of 3 resumed, 3 of 3 ended as the undisturbed run" in result.stdout
+
+
+def test_a_finished_run_can_be_made_longer_and_nothing_else(reach):
+    script, run_dir, _, summary = reach
+    cwd = run_dir.parent.parent
+    code, _, err = run(script, "--resume", run_dir.relative_to(cwd), "--gamma", "0.5", cwd=cwd)
+    assert code == 2 and "--gamma" in err and "0.5" in err and str(script.Args().gamma) in err
+    code, _, err = run(script, "--resume", run_dir.relative_to(cwd), cwd=cwd)
+    assert code == 0, err
+    assert json.loads((run_dir / "summary.json").read_text())["final_success"] == summary["final_success"]
+    rows = (run_dir / "metrics.csv").read_text().splitlines()
+    code, _, err = run(script, "--resume", run_dir.relative_to(cwd), "--total-timesteps", "2700", cwd=cwd)
+    assert code == 0, err
+    assert (run_dir / "metrics.csv").read_text().splitlines()[: len(rows)] == rows
+    assert json.loads((run_dir / "summary.json").read_text())["env_steps"] == 2700
+
+
+def test_resume_wants_a_run_that_has_ended(tmp_path):
+    code, _, err = run(poco, "--resume", "nowhere", cwd=tmp_path)
+    assert code == 2 and "nowhere" in err and "Traceback" not in err
+    process = start(poco, "--env-id", "FetchReach-v4", "--num-demos", 5, "--bc-steps", 20, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/checkpoint.pt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    code, _, err = run(poco, "--resume", run_dir, cwd=tmp_path)
+    process.kill()
+    process.communicate()
+    assert code == 2 and "still going on" in err and "Traceback" not in err
+
+
+def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    times = iter(["12", "12", "13"])
+    monkeypatch.setattr(poco.time, "strftime", lambda form: next(times))
+    first, second = (poco.RunLog(Args(), 0.0, None) for _ in range(2))
+    assert first.dir != second.dir and second.dir.name.endswith("13")
+
+
+def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(reach, tmp_path):
+    script, run_dir, _, _ = reach
+    args = json.loads((run_dir / "args.json").read_text()) | {"checkpoint_interval": 500, "num_demos": 3, "eval_interval": 10**6}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in args.items() if type(value) in (int, float, str)]
+    limit = int((run_dir / "checkpoint.pt").stat().st_size * 0.9)
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))  # no file can be larger
+    process = start(script, *options, cwd=tmp_path, preexec_fn=full)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 1 and "environment step" in err and "too large" in err and "Traceback" not in err
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    steps = script.read_file(run_dir / "checkpoint.pt", torch.device("cpu"))[1]["ranks"][0]["progress"]["env_steps"]
+    assert 0 <= steps < 2500 and f"--resume runs/{run_dir.name}" in out
+
+
+@both_scripts
+def test_lost_write_permission_ends_with_a_sentence(script, tmp_path, monkeypatch):
+    def write_file(path, data, honest=script.write_file):
+        if path.name == "policy.pt" and (path.parent / "checkpoint.pt").exists():
+            raise PermissionError(13, "Permission denied", str(path))
+        honest(path, data)
+
+    monkeypatch.setattr(script, "write_file", write_file)
+    with pytest.raises(script.RunError, match="Permission denied"):
+        small_run(script, tmp_path, monkeypatch)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b or a != a
+
+
+def test_truncated_and_flipped_checkpoints_are_refused_or_harmless(reach, tmp_path):
+    script, run_dir, _, _ = reach
+    whole, rng = bytearray((run_dir / "checkpoint.pt").read_bytes()), np.random.default_rng(0)
+    _, content = script.read_file(run_dir / "checkpoint.pt", torch.device("cpu"))
+    damaged = [whole[:n] for n in rng.integers(0, len(whole), 20)]
+    for _ in range(200):
+        flipped = whole.copy()
+        for position in rng.integers(0, len(whole), rng.integers(1, 9)):
+            flipped[position] ^= rng.integers(1, 256)
+        damaged.append(flipped)
+    refused = 0
+    for data in damaged:
+        (tmp_path / "checkpoint.pt").write_bytes(data)
+        try:
+            _, loaded = script.read_file(tmp_path / "checkpoint.pt", torch.device("cpu"))
+        except script.UserError as error:
+            assert "checkpoint.pt" in str(error)
+            refused += 1
+        else:
+            assert same(content, loaded)  # the flip fell into a gap between the records
+    assert refused > 190
+    code, _, err = run(script, "--resume", tmp_path, cwd=tmp_path)
+    assert code == 2 and "Traceback" not in err and (tmp_path / "checkpoint.pt").read_bytes() == damaged[-1]
+
+
+def test_a_checkpoint_of_another_shape_leaves_the_folder_as_it_is(reach, tmp_path):
+    script, run_dir, _, _ = reach
+    shutil.copytree(run_dir, tmp_path / "run")
+    content = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    for changed in ({"hidden_dim": 32}, {"num_critics": 3}, {"env_id": "FetchPush-v4"}):
+        torch.save(content | {"args": content["args"] | changed}, tmp_path / "run/checkpoint.pt")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        code, _, err = run(script, "--resume", "run", cwd=tmp_path)
+        assert code == 2 and "does not fit" in err and "Traceback" not in err
+        assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_malicious_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "method": "poco", "args": Malicious()}, "checkpoint.pt")
+    with pytest.raises(poco.UserError, match=r"checkpoint\.pt"):
+        poco.resumed_args(Args(resume=Path()), [])
+    assert not Path("code_was_run").exists()
+
+
+def test_checkpoint_of_the_default_run_is_small(tmp_path):
+    args = Args()
+    policy, critic = poco.make_networks(args, torch.device("cpu"))
+    buffer = poco.make_buffer(policy, args, torch.device("cpu"))
+    for seed in range(500):
+        buffer.add_episode(Trajectory(np.zeros((51, 31)), np.zeros((50, 4)), np.zeros(50), False, 0.0, seed))
+    networks = {"policy": policy.state_dict(), "critic": critic.state_dict(), "target": copy.deepcopy(critic.state_dict())}
+    poco.save_file(tmp_path / "checkpoint.pt", args, networks | {"adam": [networks, networks], "buffer": buffer.state_dict()})
+    assert buffer.size == 25_000 and (tmp_path / "checkpoint.pt").stat().st_size < 30e6
+
+
+class Raising(Counter):
+    def step(self, action):
+        if self.t == 2 and self.end == 8:
+            raise ConnectionError("the robot does not answer")
+        return super().step(action)
+
+
+class OneStep(Counter):
+    def step(self, action):
+        obs, reward, _, _, info = super().step(action)
+        return obs, reward, True, False, info
+
+
+gym.register("CounterRaising-v0", Raising)
+gym.register("CounterOneStep-v0", OneStep)
+
+
+@both_scripts
+def test_environment_that_raises_or_ends_at_once(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "evaluate", lambda *_: {"success": 0.0, "successes": 0, "episodes": 1, "return": 0.0})
+    for env_id, words in (("CounterRaising-v0", "ConnectionError: the robot does not"), ("CounterOneStep-v0", "before a chunk of 2 steps")):
+        (tmp_path / env_id).mkdir()
+        with pytest.raises(script.RunError, match=rf"environment step \d+: .*{words}"):
+            small_run(script, tmp_path / env_id, monkeypatch, env_id=env_id)
+        (run_dir,) = (tmp_path / env_id / "runs").iterdir()
+        assert {"policy.pt", "checkpoint.pt", "summary.json"} <= {path.name for path in run_dir.iterdir()}
+
+
+# Several processes
+
+RANK = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[2])
+script = __import__(sys.argv[1])
+
+# two ranks with half the batch each give the gradient of the whole batch
+torch.manual_seed(0)
+make, n = script.FlowPolicy, 64
+data = [torch.randn(n, d) for d in (3, 4, 4)] + [torch.rand(n, 1)]
+policy, alone = make(3, 4), make(3, 4)
+alone.load_state_dict(policy.state_dict())
+adam = [torch.optim.Adam(network.parameters(), fused=True) for network in (policy, alone)]
+alone.normalize.fit(data[0])
+norm = script.gradient_step(adam[1], alone.bc_loss(data[0], data[1], None, *data[2:]).mean())
+dist.init_process_group("gloo")
+half = [column[dist.get_rank() * n // 2 :][: n // 2] for column in data]
+policy.normalize.fit(half[0])
+for name in ("mean", "std"):
+    torch.testing.assert_close(getattr(policy.normalize, name), getattr(alone.normalize, name))
+averaged = script.gradient_step(adam[0], policy.bc_loss(half[0], half[1], None, *half[2:]).mean())
+torch.testing.assert_close(averaged, norm)
+for a, b in zip(policy.parameters(), alone.parameters()):
+    torch.testing.assert_close(a.grad, b.grad)
+rank = dist.get_rank()
+
+# a whole run: what all ranks must agree on
+networks = []
+honest = script.make_networks
+script.make_networks = lambda *args: networks.append(honest(*args)) or networks[-1]
+small = dict(env_id="Pendulum-v1", dataset="none", hidden_dim=16, num_envs=2, total_timesteps=1600, critic_warmup_steps=900)
+small |= dict(eval_interval=10**6, eval_episodes=1, num_critics=2, checkpoint_interval=1200)
+script.FINAL_EPISODES = 1
+script.main(script.Args(**small))
+torch.save([list(map(torch.Tensor.detach, network.parameters())) + [network.normalize.std] for network in networks[0]], f"rank{rank}.pt")
+"""
+
+
+@both_scripts
+def test_two_ranks_stay_equal_and_their_gradient_is_that_of_both_batches(script, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rank.py", script.METHOD]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    folder = str(Path(script.__file__).parent)
+    result = subprocess.run([*command, folder], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a, b) for network in zip(first, second, strict=True) for a, b in zip(*network, strict=True))
+    (run_dir,) = (tmp_path / "runs").iterdir()  # rank 1 writes nothing
+    assert json.loads((run_dir / "summary.json").read_text())["env_steps"] == 1600
+    last = list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))[-1]
+    assert float(last["losses/actor_loss"]) == float(last["losses/actor_loss"])  # it learned, and no NaN came
+
+
+# Speed without another meaning
+
+
+def test_bfloat16_gives_nearly_the_same_update(monkeypatch):
+    losses = {}
+    for hardware in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda hardware=hardware: {"amx_bf16": hardware})
+        torch.manual_seed(0)
+        args = Args(chunk_size=2, num_candidates=4)
+        policy, critic = FlowPolicy(3, 4), CriticEnsemble(3, 4, 2)
+        batch = poco.Batch(torch.randn(64, 3), torch.randn(64, 4), torch.randn(64), torch.randn(64, 3), torch.zeros(64), torch.ones(64, 2))
+        adam = [torch.optim.Adam(network.parameters(), fused=True) for network in (policy, critic)]
+        losses[hardware] = poco.update_critic(policy, critic, copy.deepcopy(critic), adam[1], batch, args)
+        losses[hardware] |= poco.update_policy(policy, critic, adam[0], batch, args)
+        assert all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in policy.parameters())
+    assert any(losses[True][name] != losses[False][name] for name in losses[True])
+    for name in ("losses/qf_loss", "losses/actor_loss", "losses/actor_grad_norm", "losses/effective_samples"):
+        assert losses[True][name].item() == pytest.approx(losses[False][name].item(), rel=0.03)
+
+
+@both_scripts
+def test_compiled_updates_are_the_same(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # traced, but no compiler is needed
+    monkeypatch.setattr(script, "FINAL_EPISODES", 3)
+    rows = []
+    for compiled in (False, True):
+        (tmp_path / str(compiled)).mkdir()
+        settings = {"compile": compiled, "total_timesteps": 402, "critic_warmup_steps": 380, "batch_size": 32, "hidden_dim": 8}
+        small_run(script, tmp_path / str(compiled), monkeypatch, **settings)
+        (run_dir,) = (tmp_path / str(compiled) / "runs").iterdir()
+        rows.append(list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))[-1])
+    for name in rows[0]:
+        assert rows[0][name] == rows[1][name] == "" or float(rows[1][name]) == pytest.approx(float(rows[0][name]), rel=1e-3)
