@@ -11,6 +11,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import importlib.util
 import io
 import itertools
 import json
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial, partialmethod
@@ -55,15 +56,22 @@ class Args:
     bf16: bool = True  # matrix products of the updates in bfloat16, where the processor has it in hardware
     compile: bool = False  # torch.compile for the updates
     cudagraphs: bool = False  # replay the updates as CUDA graphs
+    tensorboard: bool = False  # write event files for TensorBoard too
+    track: bool = False  # log to Weights & Biases too
+    wandb_project_name: str = "poco-ogpo"  # project there
+    wandb_entity: str | None = None  # team there
     log_interval: int = 500  # environment steps between two rows of metrics.csv
     checkpoint_interval: int = 5_000  # environment steps between two checkpoints; unfinished episodes begin anew there
     resume: Path | None = None  # continue the run in this folder; its arguments are taken from there
 
     # task and data
     env_id: str | None = None  # Gymnasium id (default: FetchPickAndPlace-v4; with --evaluate: the file's); actions: a bounded Box
-    dataset: Literal["scripted", "none"] = "scripted"  # scripted: of a built-in controller; none: empty buffer, no behaviour cloning
-    num_demos: int = 100  # demonstration episodes
+    dataset: str = "scripted"  # scripted: of a built-in controller; none: no cloning; file.npz with D4RL's flat keys; or a Minari id
+    save_dataset: str | None = None  # write the demonstrations to this .npz file
+    num_demos: int = 100  # scripted demonstration episodes
     demo_noise: float = 0.4  # standard deviation of the Gaussian noise on the demonstrator's actions, which lie in [-1, 1]
+    success_at: Literal["end", "any"] = "end"  # an episode succeeds by its last step, or by any
+    reward_scale: float | None = None  # factor on the rewards inside the critics (default: 1 / the largest |reward| in the first data)
 
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
@@ -100,6 +108,7 @@ class Args:
     eval_episodes: int = 50  # episodes of an evaluation on the way; that of the clone, the last one and --evaluate have 100
     evaluate: Path | None = None  # evaluate this policy file instead of training
     render: bool = False  # with --evaluate: show the episodes in a window
+    capture_video: bool = False  # record the first three episodes of every evaluation as MP4
 
     def __post_init__(self):
         if self.env_id is None and self.evaluate is None:
@@ -108,8 +117,12 @@ class Args:
 
 LOWEST = {"seed": 0, "demo_noise": 0, "critic_warmup_steps": 0, "utd_ratio": 0, "posterior_coef": 0}  # of the other numbers: 1
 HIGHEST = {  # and above 0
-    "gamma": 1, "tau": 1, "bc_success_cap": 1, "learning_rate": math.inf, "temperature": math.inf, "clip_threshold": math.inf,
+    "gamma": 1, "tau": 1, "bc_success_cap": 1, "reward_scale": math.inf, "learning_rate": math.inf, "temperature": math.inf,
+    "clip_threshold": math.inf,
 }  # fmt: skip
+
+
+OPTIONAL = {"tensorboard": "tensorboard", "track": "wandb", "capture_video": "moviepy"}  # argument: package that it needs
 
 
 class UserError(Exception):
@@ -124,13 +137,16 @@ def check_args(args: Args) -> None:
     """Raises: UserError for a value that no run can work with."""
     for name, value in vars(args).items():
         option = f"--{name.replace('_', '-')}"
-        if name in HIGHEST and not 0 < value <= HIGHEST[name]:
+        if name in HIGHEST and value is not None and not 0 < value <= HIGHEST[name]:
             raise UserError(f"{option} must be above 0" + " and at most 1" * (HIGHEST[name] == 1) + f", not {value}.")
         if type(value) in (int, float) and name not in HIGHEST and not LOWEST.get(name, 1) <= value < math.inf:
             hint = "; to start without data, type --dataset none" * (name == "num_demos")
             raise UserError(f"{option} must be at least {LOWEST.get(name, 1)}, not {value}{hint}.")
     if args.buffer_size < args.batch_size:
         raise UserError(f"--buffer-size {args.buffer_size} is below --batch-size {args.batch_size}.")
+    for name, package in OPTIONAL.items():
+        if getattr(args, name) and not importlib.util.find_spec(package):
+            raise UserError(f"--{name.replace('_', '-')} needs a package that is not installed: pip install {package}")
     if args.seed >= 2**31:
         raise UserError(f"--seed must be below {2**31}, not {args.seed}.")
     if args.cudagraphs and not torch.cuda.is_available():
@@ -151,20 +167,45 @@ class Trajectory(NamedTuple):
     actions: np.ndarray  # (n, A) in [-1, 1]
     rewards: np.ndarray  # (n,)
     terminated: bool  # False: cut off by the time limit
-    success: float  # is_success at the last step, NaN if the environment does not report it
+    success: float  # 1 or 0, NaN if the environment does not report it
     seed: int  # of the reset that began it
+    tasks: float = math.nan  # how many were completed, where an episode has several
 
 
-def make_env(env_id: str, chunk_size: int, render_mode: str | None = None) -> gym.Env:
-    """Makes an environment with flat observations (O,) and flat actions (A,) in [-1, 1], whatever its own Box is.
+class OneSuccess(gym.Wrapper):
+    """Leaves in info what every family has its own key for: success (1, 0, NaN if not reported) and the number of completed tasks."""
+
+    def __init__(self, env: gym.Env, success_at: str):
+        super().__init__(env)
+        self.success_at = success_at
+
+    def reset(self, **kwargs):
+        self.best = -math.inf
+        return self.env.reset(**kwargs)[0], {}
+
+    def step(self, action):
+        *step, info = self.env.step(action)
+        tasks, success = math.nan, info.get("is_success", info.get("success", math.nan))  # Fetch, hands; Adroit, mazes, OGBench
+        if "episode_task_completions" in info:  # FrankaKitchen
+            tasks = len(info["episode_task_completions"])
+            success = tasks == len(self.unwrapped.goal)
+        self.best = max(self.best, float(success))
+        return *step, {"success": self.best if self.success_at == "any" else float(success), "tasks": float(tasks)}
+
+
+def make_env(
+    env_id: str, chunk_size: int, success_at: str = "end", render_mode: str | None = None, video_folder: Path | None = None
+) -> gym.Env:
+    """Makes an environment with flat observations (O,) and flat actions (A,) in [-1, 1], whatever its own Box is; if asked to, one that
+    records its first three episodes as MP4 files.
 
     Raises: UserError if it does not exist, cannot be made, has other actions, or its episodes are shorter than a chunk.
     """
-    if env_id not in gym.registry:
+    if ":" not in env_id and env_id not in gym.registry:
         near = difflib.get_close_matches(env_id, gym.registry)
         raise UserError(f"There is no environment {env_id}." + f" Did you mean {' or '.join(near)}?" * bool(near))
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # of module:id it imports the module
     except (gym.error.Error, ImportError) as error:
         raise UserError(f"{env_id} could not be made: {error}") from error
     space, limit = env.action_space, env.spec.max_episode_steps
@@ -172,13 +213,28 @@ def make_env(env_id: str, chunk_size: int, render_mode: str | None = None) -> gy
         raise UserError(f"{env_id} has the action space {space}; needed is a bounded Box of real numbers.")
     if limit is not None and chunk_size > limit:
         raise UserError(f"--chunk-size {chunk_size} is longer than an episode of {env_id}, which has {limit} steps.")
+    low, high = space.low.flatten(), space.high.flatten()
 
     def to_own_range(action):
-        low, high = space.low.flatten(), space.high.flatten()
         return (low + (action + 1) / 2 * (high - low)).reshape(space.shape).astype(space.dtype)
 
-    unit_box = gym.spaces.Box(-1, 1, (math.prod(space.shape),))
-    return gym.wrappers.TransformAction(gym.wrappers.FlattenObservation(env), to_own_range, unit_box)
+    if video_folder:
+        env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: episode < 3, disable_logger=True)
+    env = gym.wrappers.FlattenObservation(OneSuccess(env, success_at))
+    return gym.wrappers.TransformAction(env, to_own_range, gym.spaces.Box(-1, 1, low.shape))
+
+
+def check_rendering(args: Args) -> None:
+    """Raises: UserError if no picture of the environment can be made here."""
+    try:
+        env = make_env(args.env_id, args.chunk_size, args.success_at, "rgb_array")
+        env.reset(seed=0)
+        env.render()
+    except Exception as error:  # of OpenGL, in many forms
+        raise UserError(
+            f"--capture-video: {args.env_id} cannot be rendered here ({type(error).__name__}: {error}). Without a screen, set "
+            "MUJOCO_GL=egl (Debian: apt install libegl1) or MUJOCO_GL=osmesa (apt install libosmesa6)."
+        ) from error
 
 
 def rollout(make: Callable, num_envs: int, act: Callable, chunk_size: int, seeds: Iterator[int]) -> Iterator[list[Trajectory]]:
@@ -211,8 +267,8 @@ def rollout(make: Callable, num_envs: int, act: Callable, chunk_size: int, seeds
         done, finished = terminated | truncated, []
         for i in np.flatnonzero(done):
             episode_obs, *rest = map(np.array, zip(*steps[i], strict=True))
-            success = float(infos["is_success"][i]) if "is_success" in infos else math.nan
-            finished.append(Trajectory(np.vstack([episode_obs, next_obs[i]]), *rest, bool(terminated[i]), success, episode_seeds[i]))
+            end = bool(terminated[i]), float(infos["success"][i]), episode_seeds[i], float(infos["tasks"][i])
+            finished.append(Trajectory(np.vstack([episode_obs, next_obs[i]]), *rest, *end))
             steps[i], episode_seeds[i] = [], next(seeds)
         if finished:
             next_obs, _ = envs.reset(seed=episode_seeds, options={"reset_mask": done})
@@ -220,10 +276,13 @@ def rollout(make: Callable, num_envs: int, act: Callable, chunk_size: int, seeds
         yield finished
 
 
-def collect_episodes(args: Args, act: Callable, chunk_size: int, seeds: range, render_mode: str | None = None) -> list[Trajectory]:
-    """Runs one episode for each seed. Returns: the episodes in the order of the seeds, so long ones count as often as short ones."""
-    num_envs = 1 if render_mode else min(args.num_envs, len(seeds))
-    make, episodes = partial(make_env, args.env_id, args.chunk_size, render_mode), {}
+def collect_episodes(args: Args, act: Callable, chunk_size: int, seeds: range, *show) -> list[Trajectory]:
+    """Runs one episode for each seed; show, a render mode and a folder for videos, goes to make_env.
+
+    Returns: the episodes in the order of the seeds, so long ones count as often as short ones.
+    """
+    num_envs = 1 if show else min(args.num_envs, len(seeds))
+    make, episodes = partial(make_env, args.env_id, args.chunk_size, args.success_at, *show), {}
     with tqdm(total=len(seeds), unit="episode", leave=False) as bar:
         for finished in rollout(make, num_envs, act, chunk_size, itertools.count(seeds.start)):
             episodes |= {episode.seed: episode for episode in finished if episode.seed in seeds}
@@ -276,7 +335,8 @@ def make_demonstrations(args: Args) -> list[Trajectory]:
     controller, rng = SCRIPTED.get(args.env_id.split("-")[0]), np.random.default_rng(args.seed)
     if controller is None:
         raise UserError(
-            f"{args.env_id} has no built-in demonstrator ({', '.join(SCRIPTED)} have); to start without data, type --dataset none."
+            f"{args.env_id} has no built-in demonstrator ({', '.join(SCRIPTED)} have); type --dataset with a file.npz or a Minari id, "
+            "or --dataset none to start without data."
         )
 
     def act(obs):
@@ -287,13 +347,129 @@ def make_demonstrations(args: Args) -> list[Trajectory]:
     return collect_episodes(args, act, 1, range(first_seed, first_seed + args.num_demos))
 
 
+REQUIRED = ("observations", "actions", "rewards", "terminals", "timeouts")  # D4RL's flat keys
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Returns: the file's columns. Raises: UserError if it is no .npz file of plain numbers."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: np.atleast_1d(file[key]) for key in (*REQUIRED, "next_observations", "success") if key in file}
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}.") from error
+    except Exception as error:  # a damaged file can make NumPy raise anything; Python objects could run foreign code
+        raise UserError(f"{path} is damaged, not an .npz file, or holds Python objects instead of numbers ({error}).") from error
+
+
+def flatten_obs(space: gym.Space, obs) -> np.ndarray:
+    """Many observations of a nested space as rows (n, O), in the order of gymnasium's FlattenObservation."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.hstack([flatten_obs(part, obs[key]) for key, part in space.items()])
+    return np.asarray(obs).reshape(len(obs), -1)
+
+
+def read_minari(dataset_id: str, obs_space: gym.Space) -> dict[str, np.ndarray]:
+    """Returns: a Minari dataset in the columns of read_npz. Raises: UserError if it or Minari is missing, or its observations differ."""
+    if not importlib.util.find_spec("minari"):
+        raise UserError(f'--dataset {dataset_id} is neither built in nor an .npz file; for a Minari dataset: pip install "minari[hdf5]"')
+    import minari
+
+    try:
+        episodes = list(minari.load_dataset(dataset_id, download=True).iterate_episodes())
+        obs = [flatten_obs(obs_space, episode.observations) for episode in episodes]
+    except Exception as error:  # not there, no network, other keys
+        raise UserError(f"The Minari dataset {dataset_id} cannot be read ({type(error).__name__}: {error}).") from error
+    columns = {"observations": [o[:-1] for o in obs], "next_observations": [o[1:] for o in obs]}
+    columns |= {"actions": [episode.actions for episode in episodes], "rewards": [episode.rewards for episode in episodes]}
+    columns["terminals"] = [episode.terminations for episode in episodes]
+    columns["timeouts"] = [np.arange(len(o) - 1) == len(o) - 2 for o in obs]  # whatever did not terminate was cut off there
+    for key in ("success", "is_success"):
+        if all(key in (episode.infos or {}) for episode in episodes):
+            columns["success"] = [np.asarray(episode.infos[key])[1 - len(o) :] for episode, o in zip(episodes, obs, strict=True)]
+    return {key: np.concatenate(parts) for key, parts in columns.items()}
+
+
+def load_dataset(args: Args) -> list[Trajectory]:
+    """Reads --dataset: one row a step, actions in the environment's own range. Without next_observations, the row at a time limit only
+    shows where the episode ended.
+
+    Returns: the episodes that last a chunk. Raises: UserError that says what is wrong with the data.
+    """
+    env = make_env(args.env_id, args.chunk_size)
+    box, obs_dim = env.env.action_space, env.observation_space.shape[0]
+    data = read_npz(Path(args.dataset)) if args.dataset.endswith(".npz") else read_minari(args.dataset, env.unwrapped.observation_space)
+
+    def require(condition, problem):
+        if not condition:
+            raise UserError(f"The dataset {args.dataset} {problem}.")
+
+    missing, lengths = [key for key in REQUIRED if key not in data], {key: len(column) for key, column in data.items()}
+    require(not missing, f"lacks {', '.join(missing)}; it has {', '.join(data) or 'nothing'}")
+    require(len(set(lengths.values())) == 1, f"has columns of unequal lengths: {lengths}")
+    require(lengths["rewards"], "has no rows")
+    for key, column in data.items():
+        require(column.dtype.kind in "biuf", f"has {key} of type {column.dtype} instead of numbers")
+        data[key] = column = column.reshape(len(column), -1).astype(np.float64)
+        width = {"observations": obs_dim, "next_observations": obs_dim, "actions": math.prod(box.shape)}.get(key, 1)
+        require(column.shape[1] == width, f"has {key} of width {column.shape[1]}; {args.env_id} has {width}")
+        bad = np.flatnonzero(~np.isfinite(column).all(1))
+        require(key == "success" or not len(bad), f"has NaN or infinity in {key}, first in row {bad[:1]}")
+    low, high = box.low.flatten(), box.high.flatten()
+    outside = np.maximum(low - data["actions"], data["actions"] - high).max(1)
+    count = (outside > 1e-4).sum()
+    require(count == 0, f"has {count} of {len(outside)} actions outside {args.env_id}'s action space, by up to {outside.max():.3g}")
+    actions = np.clip((data["actions"] - low) / (high - low) * 2 - 1, -1, 1)
+    ends = np.flatnonzero(data["terminals"] + data["timeouts"])
+    require(len(ends), "marks no end of an episode: terminals and timeouts are 0 throughout")
+    episodes = []
+    for rows in np.split(np.arange(ends[-1] + 1), ends[:-1] + 1):
+        terminated, last_obs = bool(data["terminals"][rows[-1]]), data.get("next_observations", data["observations"])[rows[-1]]
+        if "next_observations" not in data and not terminated:
+            rows = rows[:-1]
+        if len(rows) >= args.chunk_size:
+            success = data["success"][rows, 0] if "success" in data else np.array([math.nan])
+            success = success.max() if args.success_at == "any" else success[-1]
+            obs = np.vstack([data["observations"][rows], last_obs])
+            episodes.append(Trajectory(obs, actions[rows], data["rewards"][rows, 0], terminated, float(success), 0))
+    if len(episodes) < len(ends):
+        print(f"{args.dataset}: {len(ends) - len(episodes)} of {len(ends)} episodes are shorter than a chunk and left out")
+    require(episodes, f"has no episode of --chunk-size {args.chunk_size} steps or more")
+    return episodes
+
+
+def write_dataset(args: Args, episodes: list[Trajectory]) -> None:
+    """Writes episodes to --save-dataset, as load_dataset reads them. Raises: UserError if that cannot be done."""
+    to_own_range, columns = make_env(args.env_id, args.chunk_size).func, defaultdict(list)
+    for episode in episodes:
+        last = np.arange(len(episode.rewards)) == len(episode.rewards) - 1
+        columns["observations"].append(episode.obs[:-1])
+        columns["next_observations"].append(episode.obs[1:])
+        columns["actions"].append(np.array([to_own_range(action) for action in episode.actions]))
+        columns["rewards"].append(episode.rewards)
+        columns["terminals"].append(last & episode.terminated)
+        columns["timeouts"].append(last & (not episode.terminated))
+        columns["success"].append(np.where(last, episode.success, 0.0))
+    try:
+        np.savez_compressed(args.save_dataset, **{key: np.concatenate(parts) for key, parts in columns.items()})
+    except OSError as error:
+        raise UserError(f"{args.save_dataset} cannot be written: {error.strerror}.") from error
+
+
 # Replay buffer
+def average_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    """Averages in place over the processes that torchrun started, on shards of equal size. Returns: the tensors."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensors
+
+
 class Batch(NamedTuple):
     """Windows of T steps, each within one episode."""
 
     obs: Tensor  # (B, O)
     chunk: Tensor  # (B, D), zero where not valid
-    reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
+    reward: Tensor  # (B,) reward_scale * sum_i gamma^i r_{t+i} over the valid steps
     next_obs: Tensor  # (B, O) after the last valid step
     terminated: Tensor  # (B,) 1 if that step terminated the episode
     valid: Tensor  # (B, T) 1 up to the end of the episode, 0 after it
@@ -309,7 +485,7 @@ class ReplayBuffer:
         self.rewards, self.terminated = torch.zeros(2, capacity, device=device)
         self.steps_left = torch.zeros(capacity, dtype=torch.long, device=device)  # in the episode, this one included
         self.columns = self.obs, self.next_obs, self.actions, self.rewards, self.terminated, self.steps_left
-        self.position, self.size = 0, 0
+        self.position, self.size, self.reward_scale = 0, 0, 1.0
 
     def add_episode(self, episode: Trajectory) -> None:
         """Writes an episode over the oldest steps; of one longer than the buffer the end is kept."""
@@ -332,27 +508,25 @@ class ReplayBuffer:
         rows = (start[:, None] + step) % self.capacity
         last = (start + valid.sum(1).long() - 1) % self.capacity
         chunk = (self.actions[rows] * valid[..., None]).flatten(1)
-        reward = (self.rewards[rows] * valid * self.gamma**step).sum(1)
+        reward = (self.reward_scale * self.rewards[rows] * valid * self.gamma**step).sum(1)
         return Batch(self.obs[start], chunk, reward, self.next_obs[last], self.terminated[last], valid)
 
+    def unit_reward_scale(self) -> float:
+        """1 / the largest |reward|, so that Q, and what is measured in its units, does not depend on the environment's."""
+        (largest,) = average_over_ranks([self.rewards[: self.size].abs().max()])
+        return 1 / largest.item() if largest > 0 else 1.0
+
     def state_dict(self) -> dict:
-        return {"position": self.position, "size": self.size, "columns": [column[: self.size].clone() for column in self.columns]}
+        columns = [column[: self.size].clone() for column in self.columns]
+        return {"position": self.position, "size": self.size, "reward_scale": self.reward_scale, "columns": columns}
 
     def load_state_dict(self, state: dict) -> None:
-        self.position, self.size = state["position"], state["size"]
+        self.position, self.size, self.reward_scale = state["position"], state["size"], state["reward_scale"]
         for column, values in zip(self.columns, state["columns"], strict=True):
             column[: self.size] = values
 
 
 # Flow policy
-def average_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
-    """Averages in place over the processes that torchrun started, on shards of equal size. Returns: the tensors."""
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensors
-
-
 class Normalizer(nn.Module):
     """Shifts and scales observations by statistics that travel in the state dict."""
 
@@ -539,19 +713,21 @@ def choose_chunks(policy, critic, best_of_n: int, generator: torch.Generator, ob
     return chunks.view(len(best), best_of_n, -1).take_along_dim(best[..., None], dim=1).squeeze(1).cpu().numpy()
 
 
-def evaluate(policy, critic, args: Args, best_of_n: int, num_episodes: int, render_mode: str | None = None) -> dict[str, float]:
+def evaluate(policy, critic, args: Args, best_of_n: int, num_episodes: int, *show) -> dict[str, float]:
     """Runs the policy on episodes with the seeds 0, 1, ..., the same for all runs. Returns: success and return, means over the episodes."""
     act = partial(choose_chunks, policy, critic, best_of_n, torch.Generator().manual_seed(0))
-    episodes = collect_episodes(args, act, args.chunk_size, range(num_episodes), render_mode)
+    episodes = collect_episodes(args, act, args.chunk_size, range(num_episodes), *show)
     success = [episode.success for episode in episodes]
-    mean_return = float(np.mean([episode.rewards.sum() for episode in episodes]))
-    return {"success": float(np.mean(success)), "successes": sum(success), "episodes": num_episodes, "return": mean_return}
+    mean_return, tasks = np.mean([(episode.rewards.sum(), episode.tasks) for episode in episodes], axis=0).tolist()
+    result = {"success": float(np.mean(success)), "successes": sum(success), "episodes": num_episodes, "return": mean_return}
+    return result if math.isnan(tasks) else result | {"tasks": tasks}
 
 
 def result_line(result: dict[str, float]) -> str:
     if math.isnan(result["success"]):
-        return f"mean return {result['return']:.1f} (the environment reports no is_success)"
-    return f"success {result['success']:.2f} ({result['successes']:.0f}/{result['episodes']}), mean return {result['return']:.1f}"
+        return f"mean return {result['return']:.1f} (the environment reports no success)"
+    tasks = f", {result['tasks']:.2f} tasks completed" if "tasks" in result else ""
+    return f"success {result['success']:.2f} ({result['successes']:.0f}/{result['episodes']}){tasks}, mean return {result['return']:.1f}"
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
@@ -650,8 +826,11 @@ def evaluate_file(args: Args, device: torch.device) -> dict[str, float]:
     saved, policy, critic = load_policy(args.evaluate, device)
     if args.env_id not in (None, saved.env_id):
         raise UserError(f"{args.evaluate} is a policy for {saved.env_id} and not for {args.env_id}.")
+    if args.capture_video:
+        check_rendering(saved)
+        evaluate(policy, critic, saved, saved.best_of_n, 3, "rgb_array", args.evaluate.parent / "videos" / "evaluate")
     for best_of_n in sorted({1, saved.best_of_n}):
-        result = evaluate(policy, critic, saved, best_of_n, FINAL_EPISODES, "human" if args.render else None)
+        result = evaluate(policy, critic, saved, best_of_n, FINAL_EPISODES, *["human"] * args.render)
         print(f"{saved.env_id}, {f'best of {best_of_n}' if best_of_n > 1 else 'ODE policy'}: {result_line(result)}")
     return result
 
@@ -674,11 +853,26 @@ def resumed_args(args: Args, typed: list[str] | None = None) -> Args:
 # Training
 FINAL_EPISODES = 100
 COLUMNS = (
-    "global_step", "eval/success", "eval/return", "eval/ode_success",
+    "global_step", "eval/success", "eval/return", "eval/ode_success", "eval/tasks",
     "charts/success", "charts/episodic_return", "charts/episodic_length", "charts/buffer_size",
     "losses/qf_loss", "losses/qf_values", "losses/actor_loss", "losses/qf_grad_norm", "losses/actor_grad_norm", "losses/bc_loss",
     "losses/candidate_loss", "losses/effective_samples", "losses/clip_fraction", "losses/candidate_q_std",
 )  # fmt: skip
+
+
+def trackers(args: Args, folder: Path) -> Iterator[Callable]:
+    """Functions of (means, step) for each optional tracker that args ask for."""
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder))
+        yield lambda means, step: [writer.add_scalar(name, value, step) for name, value in means.items()] and writer.flush()
+    if args.track:
+        import wandb
+
+        name, account = folder.name, {"project": args.wandb_project_name, "entity": args.wandb_entity}
+        run = wandb.init(**account, name=name, id=name, resume="allow", config=asdict(args), dir=str(folder))
+        yield lambda means, step: run.log(means, step=step)
 
 
 class RunLog:
@@ -690,7 +884,8 @@ class RunLog:
         texts = {"args.json": json.dumps(asdict(args) | {"resume": None}, indent=2)} | texts
         try:
             while self.dir is None:
-                folder = Path("runs") / f"{args.env_id}__{METHOD}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+                name = f"{args.env_id}__{METHOD}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+                folder = Path("runs") / name.replace("/", "-").replace(":", "-")
                 try:
                     folder.mkdir(parents=True)
                     self.dir = folder
@@ -701,6 +896,7 @@ class RunLog:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for name, text in texts.items():
                 write_file(self.dir / name, text.encode())
+            self.trackers = list(trackers(args, self.dir))
         except BlockingIOError as error:
             raise UserError(f"{self.dir} belongs to a run that is still going on.") from error
         except OSError as error:
@@ -719,6 +915,8 @@ class RunLog:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow({"global_step": step} | means)
         with open(self.dir / "wall_time.csv", "a") as file:  # apart, so that equal runs have equal metrics
             file.write(f"{step},{time.time() - self.start_time:.1f}\n")
+        for tracker in self.trackers:
+            tracker(means, step)
         return means
 
 
@@ -783,11 +981,16 @@ def main(args: Args) -> dict:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if args.evaluate:
         return evaluate_file(args, device)
+    if args.capture_video:
+        check_rendering(args)
     checkpoint_path = args.resume / "checkpoint.pt" if args.resume else None
     checkpoint = read_file(checkpoint_path, device)[1] if args.resume and checkpoint_path.is_file() else None
 
     # data parallel: torchrun starts ranks with equal weights; each has its own environments, noise and part of the data
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    longest = (make_env(args.env_id, args.chunk_size).spec.max_episode_steps or 1) * args.num_envs * num_ranks
+    if args.checkpoint_interval < longest:
+        raise UserError(f"--checkpoint-interval {args.checkpoint_interval}: the longest episodes take {longest} steps, so none would end.")
     if num_ranks > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(args.seed)
@@ -815,7 +1018,11 @@ def main(args: Args) -> dict:
             acting.set_state(state["acting"].cpu())
             progress, summary = state["progress"], state["summary"]
             start_time -= summary["wall_time_s"]
-    demos = make_demonstrations(args) if args.dataset == "scripted" and not checkpoint else []
+    demos = []
+    if args.dataset != "none" and not checkpoint:
+        demos = make_demonstrations(args) if args.dataset == "scripted" else load_dataset(args)[rank::num_ranks]
+        if args.save_dataset and not rank:
+            write_dataset(args, demos)
     log = RunLog(args, start_time, texts)
 
     def evaluate_and_save(num_episodes):
@@ -824,7 +1031,10 @@ def main(args: Args) -> dict:
         choosing = args.best_of_n > 1 and step > 0  # at the start the critics know nothing
         result = evaluate(policy, target_critic, args, args.best_of_n, num_episodes) if choosing else single
         tqdm.write(f"step {step:>7}: {result_line(result)}" + f"; ODE policy {single['success']:.2f}" * choosing)
+        if args.capture_video:
+            evaluate(policy, target_critic, args, args.best_of_n, 3, "rgb_array", log.dir / "videos" / f"step{step}")
         log.record({"eval/success": result["success"], "eval/return": result["return"], "eval/ode_success": single["success"]})
+        log.record({"eval/tasks": result["tasks"]} if "tasks" in result else {})
         save_policy("policy.pt")
         summary.setdefault("bc_success", result["success"])
         summary["final_success"], summary["final_return"] = result["success"], result["return"]
@@ -847,9 +1057,10 @@ def main(args: Args) -> dict:
         texts = {name: (log.dir / name).read_text() for name in ("metrics.csv", "wall_time.csv")}
         save_file(log.dir / "checkpoint.pt", args, {"ranks": states, "texts": texts})
 
-    def fit_normalizers():
+    def fit_scales():
         for network in (policy, critic, target_critic):
             network.normalize.fit(buffer.obs[: buffer.size])
+        buffer.reward_scale = args.reward_scale or buffer.unit_reward_scale()
 
     def critic_step(start):
         return update_critic(policy, critic, target_critic, critic_optimizer, buffer.windows(start), args)
@@ -867,7 +1078,7 @@ def main(args: Args) -> dict:
                 print(f"demonstrations: {len(demos)} episodes, success {np.mean([episode.success for episode in demos]):.2f}")
                 for episode in demos:
                     buffer.add_episode(episode)
-                fit_normalizers()
+                fit_scales()
                 behaviour_cloning(policy, critic, policy_optimizer, buffer, args, log)
             if rank == 0:
                 evaluate_and_save(FINAL_EPISODES)
@@ -876,7 +1087,7 @@ def main(args: Args) -> dict:
 
         # online: act, evaluate actions, improve the policy
         act = partial(choose_chunks, policy, target_critic, args.best_of_n, acting)
-        make = partial(make_env, args.env_id, args.chunk_size)
+        make = partial(make_env, args.env_id, args.chunk_size, args.success_at)
         bar = tqdm(total=args.total_timesteps, initial=progress["env_steps"], unit="step")
         while progress["env_steps"] < args.total_timesteps:
             # after a checkpoint the environments begin anew, as they do in a resumed run, so that their states need not be saved
@@ -894,7 +1105,7 @@ def main(args: Args) -> dict:
                     (ready,) = average_over_ranks([torch.tensor(float(buffer.size >= args.batch_size), device=device)])
                     progress["learning"] = bool(ready == 1)
                     if progress["learning"] and args.dataset == "none":
-                        fit_normalizers()
+                        fit_scales()
                 if progress["learning"]:
                     for _ in range(int(step * args.utd_ratio) - int(previous * args.utd_ratio)):
                         start = buffer.draw(args.batch_size)

@@ -10,9 +10,12 @@ import functools
 import gc
 import itertools
 import json
+import math
 import os
 import pickle
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -262,10 +265,10 @@ def test_a_clipped_candidate_gives_no_gradient():
         assert (gradient > 1e-3) if row == 0 else (gradient == 0)
 
 
-def two_mode_bandit(**settings):
+def two_mode_bandit(policy=None, **settings):
     """A clone with 80 % of its mass at -0.5 and 20 % at +0.5, where +0.5 is worth 1 and -0.5 nothing. Returns: share of +0.5 after POCO."""
     args = Args(num_candidates=8, posterior_batch_size=64, **settings)
-    policy = FlowPolicy(obs_dim=1, chunk_dim=1, hidden_dim=64, flow_steps=10)
+    policy = policy or FlowPolicy(obs_dim=1, chunk_dim=1, hidden_dim=64, flow_steps=10)
     optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3, fused=True)
 
     def value(obs, chunk):  # stands for the critics, (M, B)
@@ -1026,12 +1029,11 @@ def test_a_run_killed_in_a_write_and_resumed_ends_as_the_undisturbed_run(script,
     assert kills >= 8
 
 
-@both_scripts
-def test_the_kill_sweep_in_short(script, tmp_path):
-    command = [sys.executable, Path(__file__).parent / "benchmark/kill_sweep.py", "--kills", "3", "--scripts", script.METHOD]
-    result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=400, check=False)
+def test_the_kill_sweep_in_short(tmp_path):
+    command = [sys.executable, Path(__file__).parent / "benchmark/kill_sweep.py", "--kills", "5", "--scripts", "poco"]
+    result = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=600, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "3 of 3 resumed, 3 of 3 ended as the undisturbed run" in result.stdout
+    assert "5 of 5 resumed, 5 of 5 ended as the undisturbed run" in result.stdout
 
 
 def test_a_finished_run_can_be_made_longer_and_nothing_else(reach):
@@ -1054,7 +1056,7 @@ def test_resume_wants_a_run_that_has_ended(tmp_path):
     assert code == 2 and "nowhere" in err and "Traceback" not in err
     process = start(poco, "--env-id", "FetchReach-v4", "--num-demos", 5, "--bc-steps", 20, cwd=tmp_path)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*/checkpoint.pt")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("runs/*/wall_time.csv")) and time.monotonic() < deadline:
         time.sleep(0.1)
     (run_dir,) = (tmp_path / "runs").iterdir()
     code, _, err = run(poco, "--resume", run_dir, cwd=tmp_path)
@@ -1071,18 +1073,17 @@ def test_runs_that_begin_in_the_same_second_get_folders_of_their_own(tmp_path, m
     assert first.dir != second.dir and second.dir.name.endswith("13")
 
 
-def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(reach, tmp_path):
-    script, run_dir, _, _ = reach
-    args = json.loads((run_dir / "args.json").read_text()) | {"checkpoint_interval": 500, "num_demos": 3, "eval_interval": 10**6}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in args.items() if type(value) in (int, float, str)]
-    limit = int((run_dir / "checkpoint.pt").stat().st_size * 0.9)
-    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))  # no file can be larger
-    process = start(script, *options, cwd=tmp_path, preexec_fn=full)
+@both_scripts
+def test_a_full_disk_ends_with_a_sentence_and_the_last_checkpoint(script, tmp_path):
+    options = "--env-id Pendulum-v1 --dataset none --hidden-dim 16 --total-timesteps 3000 --checkpoint-interval 1000 --utd-ratio 0.01"
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (135_000, 135_000))  # no file can be larger; checkpoints grow
+    process = start(script, *options.split(), "--eval-interval", 10**6, cwd=tmp_path, preexec_fn=full)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 1 and "environment step" in err and "too large" in err and "Traceback" not in err
     (run_dir,) = (tmp_path / "runs").iterdir()
-    steps = script.read_file(run_dir / "checkpoint.pt", torch.device("cpu"))[1]["ranks"][0]["progress"]["env_steps"]
-    assert 0 <= steps < 2500 and f"--resume runs/{run_dir.name}" in out
+    stopped = json.loads((run_dir / "summary.json").read_text())["env_steps"]
+    saved = script.read_file(run_dir / "checkpoint.pt", torch.device("cpu"))[1]["ranks"][0]["progress"]["env_steps"]
+    assert saved == stopped - 1000 and f"--resume runs/{run_dir.name}" in out
 
 
 @both_scripts
@@ -1102,7 +1103,7 @@ def same(a, b):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b or a != a
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b or (math.isnan(a) and math.isnan(b))
 
 
 def test_truncated_and_flipped_checkpoints_are_refused_or_harmless(reach, tmp_path):
@@ -1277,3 +1278,403 @@ def test_compiled_updates_are_the_same(script, tmp_path, monkeypatch):
         rows.append(list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))[-1])
     for name in rows[0]:
         assert rows[0][name] == rows[1][name] == "" or float(rows[1][name]) == pytest.approx(float(rows[0][name]), rel=1e-3)
+
+
+# Another policy
+
+
+class DDPMPolicy(torch.nn.Module):
+    """Denoising diffusion over chunks with epsilon prediction. POCO asks of a policy only bc_loss and sample."""
+
+    def __init__(self, obs_dim, chunk_dim, hidden_dim=64, num_steps=20):
+        super().__init__()
+        self.chunk_dim, self.num_steps = chunk_dim, num_steps
+        angle = torch.linspace(0, 1, num_steps + 1).add(0.008).div(1.008).mul(np.pi / 2)  # cosine schedule
+        self.register_buffer("alpha_bar", (torch.cos(angle) ** 2 / torch.cos(angle[0]) ** 2).clamp(1e-4, 1))
+        layers = [torch.nn.Linear(obs_dim + chunk_dim + 1, hidden_dim), torch.nn.SiLU(), torch.nn.Linear(hidden_dim, hidden_dim)]
+        self.net = torch.nn.Sequential(*layers, torch.nn.SiLU(), torch.nn.Linear(hidden_dim, chunk_dim))
+
+    def epsilon(self, obs, x, k):
+        return self.net(torch.cat([obs, x, k / self.num_steps], dim=1))
+
+    def bc_loss(self, obs, chunk, valid, noise=None, time=None):
+        noise = torch.randn_like(chunk) if noise is None else noise
+        k = torch.randint(1, self.num_steps + 1, (len(chunk), 1)) if time is None else (time * self.num_steps).long().clamp(min=1)
+        alpha_bar = self.alpha_bar[k]
+        x = alpha_bar.sqrt() * chunk + (1 - alpha_bar).sqrt() * noise
+        error = (self.epsilon(obs, x, k) - noise) ** 2
+        if valid is None:
+            return error.mean(1)
+        mask = valid.repeat_interleave(chunk.shape[1] // valid.shape[1], dim=1)
+        return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def sample(self, obs, noise=None):
+        x = torch.randn(len(obs), self.chunk_dim) if noise is None else noise
+        for step in range(self.num_steps, 0, -1):
+            alpha_bar, before = self.alpha_bar[step], self.alpha_bar[step - 1]
+            epsilon = self.epsilon(obs, x, torch.full((len(obs), 1), step))
+            chunk = ((x - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()).clamp(-1, 1)
+            alpha = alpha_bar / before
+            mean = (before.sqrt() * (1 - alpha) * chunk + alpha.sqrt() * (1 - before) * x) / (1 - alpha_bar)
+            x = mean + ((1 - alpha) * (1 - before) / (1 - alpha_bar)).sqrt() * torch.randn_like(x)  # zero at the last step
+        return x
+
+
+def test_poco_trains_a_ddpm_policy():
+    settings = {"clip_threshold": 5.0, "posterior_coef": 3.0, "policy": DDPMPolicy(1, 1)}
+    assert two_mode_bandit(temperature=0.05, **settings)[0] > 0.45
+
+
+# Data
+
+
+def episodes_equal(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        for name in ("obs", "actions", "rewards"):
+            np.testing.assert_allclose(getattr(x, name), getattr(y, name), atol=1e-6)
+        assert x.terminated == y.terminated and (x.success == y.success or np.isnan(x.success + y.success))
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Six episodes of Counter, and the file that --save-dataset writes of them."""
+    monkeypatch.setitem(poco.SCRIPTED, "Counter", lambda obs: np.array([0.25, -0.5]))
+    args = Args(env_id="Counter-v0", chunk_size=2, num_demos=6, save_dataset=tmp_path / "data.npz", dataset=str(tmp_path / "data.npz"))
+    episodes = poco.make_demonstrations(args)
+    poco.write_dataset(args, episodes)
+    with np.load(args.save_dataset) as file:
+        return args, episodes, dict(file)
+
+
+def test_saved_demonstrations_load_as_they_were(recorded):
+    args, episodes, data = recorded
+    episodes_equal(poco.load_dataset(args), episodes)
+    assert data["actions"][:, 0].min() >= 0 and data["actions"][:, 1].max() <= 4  # in the environment's own range
+
+
+def test_without_next_observations_a_time_limit_costs_one_step(recorded):
+    args, episodes, data = recorded
+    del data["next_observations"]
+    np.savez(args.dataset, **data)
+    for loaded, whole in zip(poco.load_dataset(args), episodes, strict=True):
+        n = len(whole.actions) - (not whole.terminated)
+        assert len(loaded.actions) == n and len(loaded.obs) == n + 1
+        np.testing.assert_allclose(loaded.obs[:n], whole.obs[:n], atol=1e-6)
+
+
+def test_short_episodes_are_skipped_and_counted(recorded, capsys):
+    args, episodes, _ = recorded
+    lengths = [len(episode.actions) for episode in episodes]
+    args.chunk_size = max(lengths)
+    assert len(poco.load_dataset(args)) == lengths.count(max(lengths))
+    assert f"{6 - lengths.count(max(lengths))} of 6 episodes" in capsys.readouterr().out
+
+
+def test_success_at_any_step_of_the_data(recorded):
+    args, _, data = recorded
+    data["success"] = np.zeros(len(data["rewards"]))
+    data["success"][0] = 1
+    np.savez(args.dataset, **data)
+    assert sum(episode.success for episode in poco.load_dataset(args)) == 0
+    args.success_at = "any"
+    assert [episode.success for episode in poco.load_dataset(args)] == [1, 0, 0, 0, 0, 0]
+
+
+WRONG_DATA = {
+    "missing key": (lambda d: d.pop("rewards"), "lacks rewards"),
+    "unequal lengths": (lambda d: d.update(rewards=d["rewards"][1:]), "unequal lengths"),
+    "NaN": (lambda d: d["observations"].__setitem__((7, 0), np.nan), r"NaN or infinity in observations, first in row \[7\]"),
+    "infinite action": (lambda d: d["actions"].__setitem__((3, 0), np.inf), r"actions, first in row \[3\]"),
+    "observation width": (lambda d: d.update(observations=d["observations"][:, :2]), "observations of width 2; Counter-v0 has 3"),
+    "action width": (lambda d: d.update(actions=d["actions"][:, :1]), "actions of width 1; Counter-v0 has 2"),
+    "actions outside": (lambda d: d["actions"].__setitem__((slice(2), 0), 11.5), "2 of .* actions outside .* by up to 1.5"),
+    "no end": (lambda d: d.update(terminals=0 * d["terminals"], timeouts=0 * d["timeouts"]), "marks no end"),
+    "all too short": (lambda d: d.update(timeouts=np.ones(len(d["rewards"]), bool)), "no episode of --chunk-size 2"),
+    "objects": (lambda d: d.update(rewards=np.array([Malicious()] * len(d["rewards"]))), "Python objects"),
+    "text": (lambda d: d.update(rewards=d["rewards"].astype(str)), "instead of numbers"),
+    "no rows": (lambda d: d.update({key: column[:0] for key, column in d.items()}), "no rows"),
+    "scalar": (lambda d: d.update(rewards=np.float64(1)), "unequal lengths"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_DATA)
+def test_wrong_data_gets_a_sentence(case, recorded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args, _, data = recorded
+    change, words = WRONG_DATA[case]
+    change(data)
+    np.savez(args.dataset, **data)
+    with pytest.raises(poco.UserError, match=words):
+        poco.load_dataset(args)
+    assert not Path("code_was_run").exists()
+
+
+def test_files_that_are_no_data(tmp_path):
+    for name, content in (("text.npz", b"hello"), ("pickle.npz", pickle.dumps(Malicious())), ("empty.npz", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(poco.UserError, match=name):
+            poco.load_dataset(Args(env_id="Counter-v0", dataset=str(tmp_path / name)))
+    with pytest.raises(poco.UserError, match=r"no file .*nowhere\.npz"):
+        poco.load_dataset(Args(env_id="Counter-v0", dataset="nowhere.npz"))
+    assert not Path("code_was_run").exists()
+
+
+def test_dataset_from_a_file_on_the_command_line(tmp_path):
+    small = "--env-id FetchReach-v4 --num-demos 6 --bc-steps 20 --total-timesteps 200 --hidden-dim 32 --eval-interval 1000000".split()
+    code, out, err = run(poco, *small, "--save-dataset", "demos.npz", cwd=tmp_path)
+    assert code == 0, err
+    code, again, err = run(poco, *small, "--dataset", "demos.npz", cwd=tmp_path)
+    assert code == 0, err
+    line = [line for line in out.splitlines() if line.startswith("demonstrations: 6 episodes")]
+    assert line and line[0] in again
+
+
+class SuccessFromTheStart(gym.Wrapper):
+    """Minari wants the same info from reset as from step."""
+
+    def reset(self, **kwargs):
+        return self.env.reset(**kwargs)[0], {"success": False}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("env_id", ["AdroitHandDoor-v1", "FrankaKitchen-v1"])
+def test_minari_dataset(env_id, tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    adroit = env_id.startswith("Adroit")
+    collector = minari.DataCollector(SuccessFromTheStart(gym.make(env_id, max_episode_steps=12)), record_infos=adroit)
+    rng, recorded = np.random.default_rng(0), []
+    for seed in range(3):
+        obs, steps, ended = [collector.reset(seed=seed)[0]], [], False
+        while not ended:
+            action = rng.uniform(-1, 1, collector.action_space.shape).astype(collector.action_space.dtype)
+            o, reward, terminated, truncated, _ = collector.step(action)
+            obs.append(o)
+            steps.append((action, reward))
+            ended = terminated or truncated
+        flat = [gym.spaces.flatten(collector.unwrapped.observation_space, o) for o in obs]
+        recorded.append(Trajectory(np.array(flat), *map(np.array, zip(*steps, strict=True)), False, 0.0, 0))
+    collector.create_dataset(dataset_id="test/own-v0", algorithm_name="random", author="a", author_email="a@b.c", code_permalink="-")
+    args = Args(env_id=env_id, dataset="test/own-v0", chunk_size=5)
+    episodes = poco.load_dataset(args)
+    assert [len(episode.actions) for episode in episodes] == [12, 12, 12]
+    success = 0.0 if adroit else np.nan
+    episodes_equal(episodes, [episode._replace(success=success) for episode in recorded])
+    with pytest.raises(poco.UserError, match="width|cannot be read"):
+        poco.load_dataset(Args(env_id="FetchReach-v4", dataset="test/own-v0"))
+    with pytest.raises(poco.UserError, match="nothing/here-v0"):
+        poco.load_dataset(Args(env_id=env_id, dataset="nothing/here-v0"))
+
+
+def test_without_minari_the_error_names_the_package(monkeypatch):
+    monkeypatch.setattr(poco.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(poco.UserError, match=r'pip install "minari\[hdf5\]"'):
+        poco.load_dataset(Args(env_id="FetchReach-v4", dataset="some/data-v0"))
+    for option, package in (("tensorboard", "tensorboard"), ("track", "wandb"), ("capture_video", "moviepy")):
+        with pytest.raises(poco.UserError, match=f"pip install {package}"):
+            poco.check_args(Args(**{option: True}))
+
+
+# Environments of all families
+
+FAMILIES = {
+    "FetchReach-v4": False, "AdroitHandDoor-v1": False, "AdroitHandRelocateSparse-v1": False, "FrankaKitchen-v1": False,
+    "HandReach-v3": False, "HandManipulateBlock-v1": False, "HandManipulateEgg_ContinuousTouchSensors-v1": False,
+    "PointMaze_UMaze-v3": False, "AntMaze_UMaze-v5": False, "Pendulum-v1": True,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("env_id", FAMILIES)
+def test_environment_families_report_success_or_not(env_id):
+    env = poco.make_env(env_id, 2)
+    obs, _ = env.reset(seed=0)
+    obs, _, _, _, info = env.step(np.zeros(env.action_space.shape, np.float32))
+    assert obs.shape == env.observation_space.shape and obs.ndim == 1
+    assert np.isnan(info["success"]) == FAMILIES[env_id] and info["success"] != 1
+    assert np.isnan(info["tasks"]) == (not env_id.startswith("FrankaKitchen"))
+
+
+class KitchenLike(Counter):
+    """Completes one of its two tasks at the third step, the other at the sixth."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.goal = {"kettle": 0, "microwave": 0}
+
+    def step(self, action):
+        *step, _ = super().step(action)
+        return *step, {"episode_task_completions": ["kettle", "microwave"][: self.t // 3]}
+
+
+class Passing(Counter):
+    def step(self, action):
+        *step, _ = super().step(action)
+        return *step, {"success": self.t == 2}
+
+
+gym.register("KitchenLike-v0", KitchenLike)
+gym.register("Passing-v0", Passing)
+
+
+def test_kitchen_succeeds_when_all_tasks_are_done_and_says_how_many():
+    args = Args(env_id="KitchenLike-v0", chunk_size=2, num_envs=2)
+    networks = poco.make_networks(args, torch.device("cpu"))
+    result = poco.evaluate(*networks, args, 1, 20)
+    ends = [len(episode.actions) for episode in poco.collect_episodes(args, lambda obs: np.zeros((len(obs), 4)), 2, range(20))]
+    assert result["success"] == np.mean([end >= 6 for end in ends]) and result["tasks"] == np.mean([end // 3 for end in ends])
+    assert f"{result['tasks']:.2f} tasks" in poco.result_line(result)
+
+
+def test_success_at_the_end_or_at_any_step():
+    for success_at, expected in (("end", 0.0), ("any", 1.0)):
+        args = Args(env_id="Passing-v0", chunk_size=2, success_at=success_at)
+        assert poco.evaluate(*poco.make_networks(args, torch.device("cpu")), args, 1, 8)["success"] == expected
+
+
+def test_environment_of_another_module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_module.py").write_text("import gymnasium\ngymnasium.register('Own-v0', 'test_poco:Counter')\n")
+    assert poco.make_env("own_module:Own-v0", 2).observation_space.shape == (3,)
+    for env_id in ("own_module:Other-v0", "no_such_module:Own-v0"):
+        with pytest.raises(poco.UserError, match=env_id):
+            poco.make_env(env_id, 2)
+
+
+class Scaled(Counter):
+    def __init__(self, factor=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, self.factor * reward, *rest
+
+
+gym.register("Scaled1-v0", Scaled)
+gym.register("Scaled1024-v0", Scaled, kwargs={"factor": 1024.0})
+
+
+@both_scripts
+def test_the_reward_scale_does_not_matter(script, tmp_path, monkeypatch):
+    weights, rows = [], []
+    for env_id in ("Scaled1-v0", "Scaled1024-v0"):
+        (tmp_path / env_id).mkdir()
+        small_run(script, tmp_path / env_id, monkeypatch, env_id=env_id, chunk_size=2, batch_size=32)
+        (run_dir,) = (tmp_path / env_id / "runs").iterdir()
+        weights.append(list(script.load_policy(run_dir / "policy.pt", torch.device("cpu"))[1].parameters()))
+        rows.append(list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))[-1])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert float(rows[1]["charts/episodic_return"]) == 1024 * float(rows[0]["charts/episodic_return"])
+
+
+# Tracking and pictures
+
+
+@both_scripts
+def test_tensorboard_and_wandb_get_what_metrics_csv_gets(script, tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(script, "FINAL_EPISODES", 3)
+    small_run(script, tmp_path, monkeypatch, tensorboard=True, track=True)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    events = event_accumulator.EventAccumulator(str(run_dir))
+    events.Reload()
+    rows = list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))
+    for name in ("eval/success", "charts/episodic_return", "losses/qf_loss", "losses/actor_loss"):
+        written = [(int(row["global_step"]), float(row[name])) for row in rows if row[name]]
+        assert [(event.step, pytest.approx(event.value, rel=1e-5)) for event in events.Scalars(name)] == written and written
+    assert list(run_dir.glob("wandb/offline-run-*"))
+
+
+@pytest.mark.skipif(not os.environ.get("MUJOCO_GL"), reason="pictures need MUJOCO_GL=egl or osmesa")
+def test_capture_video(tmp_path, monkeypatch):
+    pytest.importorskip("moviepy")
+    monkeypatch.setattr(poco, "FINAL_EPISODES", 3)
+    settings = {"env_id": "FetchReach-v4", "total_timesteps": 8, "num_envs": 4, "chunk_size": 5}
+    small_run(poco, tmp_path, monkeypatch, capture_video=True, **settings)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    for folder in ("step0", "step8"):
+        videos = list((run_dir / "videos" / folder).glob("*.mp4"))
+        assert len(videos) == 3 and all(video.stat().st_size > 1000 for video in videos)
+
+
+def test_video_without_a_way_to_render(monkeypatch):
+    monkeypatch.setattr(poco, "make_env", lambda *_: 1 / 0)
+    with pytest.raises(poco.UserError, match="MUJOCO_GL=egl"):
+        poco.check_rendering(Args())
+
+
+# Fuzzing
+
+NUMBERS = [
+    "-1",
+    "0",
+    "1",
+    "2",
+    "7",
+    "0.5",
+    "1e-9",
+    "1e18",
+    "99999999999999999999",
+    "nan",
+    "inf",
+    "-inf",
+    "",
+    "x",
+    "None",
+    "True",
+    "1,2",
+    "é",
+]
+SLOW_IF_LARGE = {"num_envs", "num_demos", "bc_steps", "total_timesteps", "eval_episodes", "torch_threads"}
+
+
+@both_scripts
+def test_fuzzed_command_lines_end_in_success_or_a_sentence(script, capsys):
+    hypothesis = pytest.importorskip("hypothesis")
+    names = [name for name in script.Args.__dataclass_fields__ if name not in ("evaluate", "resume", "track", "tensorboard")]
+    option = hypothesis.strategies.tuples(
+        hypothesis.strategies.sampled_from(names), hypothesis.strategies.sampled_from(NUMBERS) | hypothesis.strategies.text(max_size=4)
+    )
+
+    @hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+    @hypothesis.given(hypothesis.strategies.lists(option, min_size=1, max_size=3))
+    def parse(options):
+        line = [f"--{name.replace('_', '-')}={value}" for name, value in options]
+        try:
+            args = script.tyro.cli(script.Args, args=["--env-id=Counter-v0", *line])
+            script.check_args(args)
+            if args.dataset not in ("scripted", "none"):
+                script.load_dataset(args)
+            script.make_buffer(script.make_networks(args, torch.device("cpu"))[0], args, torch.device("cpu"))
+        except script.UserError as error:
+            assert "\n" not in str(error)
+        except SystemExit as stop:  # tyro's own sentence
+            assert stop.code == 2
+
+    parse()
+    capsys.readouterr()
+
+
+# README
+
+
+def test_readme_links_and_commands():
+    root = Path(poco.__file__).parent
+    text = (root / "README.md").read_text()
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", text)
+    assert len(links) >= 10
+    for name, file, line in links:
+        assert re.match(rf"(def|class) {name}\b", (root / file).read_text().splitlines()[int(line) - 1]), (name, file, line)
+    commands = [command for command in re.findall(r"python ((?:poco|ogpo)\.py .*)", text) if "--help" not in command]
+    assert len(commands) > 10
+    for command in commands:
+        words = shlex.split(
+            comments=True, s=re.split(r"`|;| \|\|? | && |\)", command.replace("$seed", "1").replace("${bc_steps[seed]}", "420"))[0]
+        )
+        args = SCRIPTS[words[0][:4]].tyro.cli(SCRIPTS[words[0][:4]].Args, args=[word for word in words[1:] if word != "..."])
+        if not (args.tensorboard or args.track or args.capture_video or args.render or args.cudagraphs):
+            SCRIPTS[words[0][:4]].check_args(args)

@@ -20,10 +20,13 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = (
-    "--env-id FetchReach-v4 --num-demos 8 --bc-steps 300 --hidden-dim 64 --batch-size 64 --num-critics 2 --total-timesteps 1600 "
-    "--critic-warmup-steps 600 --eval-interval 500 --eval-episodes 4 --log-interval 250 --checkpoint-interval 400 --torch-threads 1"
-).split()
+SMALL = [
+    *("--env-id", "FetchReach-v4", "--num-demos", "8", "--bc-steps", "100", "--hidden-dim", "64", "--batch-size", "64"),
+    *("--num-critics", "2", "--total-timesteps", "1600", "--critic-warmup-steps", "600", "--eval-interval", "500"),
+    *("--eval-episodes", "4", "--log-interval", "250", "--checkpoint-interval", "400", "--torch-threads", "1", "--utd-ratio", "0.1"),
+]
+# as the script's own last lines, but with short evaluations at the start and at the end
+MAIN = "import {0} as s; s.FINAL_EPISODES = 4; args = s.tyro.cli(s.Args); s.main(s.resumed_args(args) if args.resume else args)"
 
 
 @dataclass
@@ -35,8 +38,9 @@ class Args:
 
 def start(script: str, *arguments: str, cwd: Path) -> subprocess.Popen:
     with open(cwd / "log.txt", "a") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, ROOT / f"{script}.py", *arguments], cwd=cwd, env=environment, stdout=log, stderr=log)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", MAIN.format(script), *arguments]
+        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=log)
 
 
 def run_dir(cwd: Path, timeout: float = 120) -> Path:
@@ -106,5 +110,6 @@ def sweep(script: str, kills: int, rng: random.Random) -> bool:
 if __name__ == "__main__":
     args = tyro.cli(Args)
     rng = random.Random(args.seed)
-    if not all([sweep(script, args.kills, rng) for script in args.scripts]):
+    results = [sweep(script, args.kills, rng) for script in args.scripts]
+    if not all(results):
         sys.exit(1)
