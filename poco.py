@@ -920,13 +920,17 @@ class RunLog:
         return means
 
 
+@torch.compiler.assume_constant_result
+def has_bfloat16(device_type: str) -> bool:
+    """Whether the processor multiplies bfloat16 matrices in hardware."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+
+
 def mixed_precision(args: Args, device: torch.device) -> torch.autocast:
     """bfloat16 for matrix products where args and the processor have it."""
-    if device.type == "cpu":
-        hardware = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
-    else:
-        hardware = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and hardware)
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and has_bfloat16(device.type))
 
 
 def accelerate(update: Callable, args: Args) -> Callable:
@@ -991,13 +995,16 @@ def main(args: Args) -> dict:
     longest = (make_env(args.env_id, args.chunk_size).spec.max_episode_steps or 1) * args.num_envs * num_ranks
     if args.checkpoint_interval < longest:
         raise UserError(f"--checkpoint-interval {args.checkpoint_interval}: the longest episodes take {longest} steps, so none would end.")
+    if cuda:
+        torch.cuda.set_device(device)
     if num_ranks > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(args.seed)
     policy, critic = make_networks(args, device)
     if rank:  # the first one evaluates, logs and saves
         scratch = tempfile.TemporaryDirectory()
-        args = replace(args, seed=args.seed + 1000 * rank, resume=Path(scratch.name))
+        quiet = {"tensorboard": False, "track": False, "capture_video": False}
+        args = replace(args, seed=args.seed + 1000 * rank, resume=Path(scratch.name), **quiet)
         torch.manual_seed(args.seed)
         sys.stdout, tqdm.__init__ = open(os.devnull, "w"), partialmethod(tqdm.__init__, disable=True)
 
