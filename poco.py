@@ -180,7 +180,7 @@ class OneSuccess(gym.Wrapper):
         self.success_at = success_at
 
     def reset(self, **kwargs):
-        self.best = -math.inf
+        self.best = math.nan
         return self.env.reset(**kwargs)[0], {}
 
     def step(self, action):
@@ -189,7 +189,7 @@ class OneSuccess(gym.Wrapper):
         if "episode_task_completions" in info:  # FrankaKitchen
             tasks = len(info["episode_task_completions"])
             success = tasks == len(self.unwrapped.goal)
-        self.best = max(self.best, float(success))
+        self.best = np.fmax(self.best, float(success))  # NaN only if all are
         return *step, {"success": self.best if self.success_at == "any" else float(success), "tasks": float(tasks)}
 
 
@@ -206,8 +206,8 @@ def make_env(
         raise UserError(f"There is no environment {env_id}." + f" Did you mean {' or '.join(near)}?" * bool(near))
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # of module:id it imports the module
-    except (gym.error.Error, ImportError) as error:
-        raise UserError(f"{env_id} could not be made: {error}") from error
+    except Exception as error:  # it is foreign code
+        raise UserError(f"{env_id} could not be made ({type(error).__name__}: {error}).") from error
     space, limit = env.action_space, env.spec.max_episode_steps
     if not (isinstance(space, gym.spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
         raise UserError(f"{env_id} has the action space {space}; needed is a bounded Box of real numbers.")
@@ -1128,7 +1128,7 @@ def main(args: Args) -> dict:
                 if due(args.log_interval) or due(args.checkpoint_interval):  # a checkpoint holds no half of a row
                     log.record({"charts/buffer_size": buffer.size})
                     means = log.write_row(step)
-                    bar.set_postfix(success=means.get("charts/success"), Q=means.get("losses/qf_values"))
+                    bar.set_postfix(success=means.get("charts/success", math.nan), Q=means.get("losses/qf_values", math.nan))
                     for name, value in means.items():
                         if name.startswith("losses/") and not math.isfinite(value):
                             raise RunError(f"{name} became NaN or infinite")

@@ -1531,6 +1531,9 @@ def test_success_at_the_end_or_at_any_step():
     for success_at, expected in (("end", 0.0), ("any", 1.0)):
         args = Args(env_id="Passing-v0", chunk_size=2, success_at=success_at)
         assert poco.evaluate(*poco.make_networks(args, torch.device("cpu")), args, 1, 8)["success"] == expected
+    env = poco.make_env("Pendulum-v1", 2, "any")
+    env.reset(seed=0)
+    assert np.isnan(env.step(np.zeros(1))[-1]["success"])  # not reported stays not reported
 
 
 def test_environment_of_another_module(tmp_path, monkeypatch):
