@@ -742,6 +742,7 @@ FORMAT = 1
 MAY_CHANGE = {  # when a run is resumed
     "total_timesteps", "eval_interval", "eval_episodes", "log_interval", "checkpoint_interval", "resume",
     "device", "torch_threads", "bf16", "compile", "cudagraphs",
+    "tensorboard", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_dataset",
 }  # fmt: skip
 
 

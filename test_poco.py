@@ -866,8 +866,7 @@ def test_the_printed_command_evaluates_to_the_same_result(reach):
     assert f"success {summary['final_success']:.2f} (" in out
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
-@both_scripts
+@pytest.mark.parametrize(("script", "signal_"), [(poco, signal.SIGINT), (ogpo, signal.SIGINT), (ogpo, signal.SIGTERM)])
 def test_ctrl_c_and_sigterm_save_print_the_summary_and_exit_130(script, signal_, tmp_path):
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs inherit that it is ignored
     process = start(script, "--env-id", "FetchReach-v4", "--num-demos", 5, "--bc-steps", 20, cwd=tmp_path, preexec_fn=heed)
@@ -1265,8 +1264,7 @@ def test_bfloat16_gives_nearly_the_same_update(monkeypatch):
         assert losses[True][name].item() == pytest.approx(losses[False][name].item(), rel=0.03)
 
 
-@both_scripts
-def test_compiled_updates_are_the_same(script, tmp_path, monkeypatch):
+def test_compiled_updates_are_the_same(tmp_path, monkeypatch, script=ogpo):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # traced, but no compiler is needed
     monkeypatch.setattr(script, "FINAL_EPISODES", 3)
     rows = []
@@ -1561,10 +1559,12 @@ gym.register("Scaled1024-v0", Scaled, kwargs={"factor": 1024.0})
 
 @both_scripts
 def test_the_reward_scale_does_not_matter(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "FINAL_EPISODES", 5)
+    settings = {"total_timesteps": 300, "critic_warmup_steps": 150, "chunk_size": 2, "batch_size": 32}
     weights, rows = [], []
     for env_id in ("Scaled1-v0", "Scaled1024-v0"):
         (tmp_path / env_id).mkdir()
-        small_run(script, tmp_path / env_id, monkeypatch, env_id=env_id, chunk_size=2, batch_size=32)
+        small_run(script, tmp_path / env_id, monkeypatch, env_id=env_id, **settings)
         (run_dir,) = (tmp_path / env_id / "runs").iterdir()
         weights.append(list(script.load_policy(run_dir / "policy.pt", torch.device("cpu"))[1].parameters()))
         rows.append(list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))[-1])
