@@ -3,7 +3,8 @@
     python benchmark/kill_sweep.py --kills 50                    both scripts
     python benchmark/kill_sweep.py --kills 5 --scripts poco      a short one
 
-Every fifth kill comes while a file is being written, the others at moments drawn uniformly over the run, behaviour cloning included.
+Of five kills one comes while a file is being written, one during behaviour cloning or the evaluation after it, the others at moments drawn
+uniformly over the run.
 """
 
 import os
@@ -91,7 +92,7 @@ def sweep(script: str, kills: int, rng: random.Random) -> bool:
             cwd = Path(name)
             process = start(script, *SMALL, cwd=cwd)
             folder = run_dir(cwd)
-            moment = time.monotonic() + rng.uniform(0, duration)
+            moment = time.monotonic() + rng.uniform(0, 0.08 if i % 5 == 1 else 1) * duration
             while process.poll() is None and time.monotonic() < moment:
                 time.sleep(0.002)
             while process.poll() is None and i % 5 == 0 and not list(folder.glob("*.tmp")):
