@@ -158,8 +158,9 @@ def check_args(args: Args) -> None:
     for name, package in OPTIONAL.items():
         if getattr(args, name) and not importlib.util.find_spec(package):
             raise UserError(f"--{name.replace('_', '-')} needs a package that is not installed: pip install {package}")
-    if args.seed >= 2**31:
-        raise UserError(f"--seed must be below {2**31}, not {args.seed}.")
+    for name, limit in (("seed", 2**31), ("hidden_dim", 2**14)):  # beyond it, NumPy's seeds end, and memory runs out silently
+        if getattr(args, name) >= limit:
+            raise UserError(f"--{name.replace('_', '-')} must be below {limit}, not {getattr(args, name)}.")
     if args.cudagraphs and not torch.cuda.is_available():
         raise UserError("--cudagraphs: torch finds no CUDA device here.")
     if args.device == "cuda" and not torch.cuda.is_available():
