@@ -23,8 +23,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     *("--env-id", "FetchReach-v4", "--num-demos", "8", "--bc-steps", "100", "--hidden-dim", "64", "--batch-size", "64"),
-    *("--num-critics", "2", "--total-timesteps", "1600", "--critic-warmup-steps", "600", "--eval-interval", "500"),
-    *("--eval-episodes", "4", "--log-interval", "250", "--checkpoint-interval", "400", "--torch-threads", "1", "--utd-ratio", "0.1"),
+    *("--num-critics", "2", "--total-timesteps", "1000", "--critic-warmup-steps", "400", "--eval-interval", "300"),
+    *("--eval-episodes", "4", "--log-interval", "150", "--checkpoint-interval", "200", "--torch-threads", "1", "--utd-ratio", "0.1"),
 ]
 # as the script's own last lines, but with short evaluations at the start and at the end
 MAIN = "import {0} as s; s.FINAL_EPISODES = 4; args = s.tyro.cli(s.Args); s.main(s.resumed_args(args) if args.resume else args)"
@@ -68,7 +68,7 @@ def differences(a: tuple, b: tuple) -> list[str]:
     return metrics + [f"{name} {key}" for (name, key, x), (_, _, y) in zip(a[1], b[1], strict=True) if not torch.equal(x, y)]
 
 
-def phase_of(folder: Path, warm_up: int = 600) -> str:
+def phase_of(folder: Path, warm_up: int = 400) -> str:
     if list(folder.glob("*.tmp")):
         return "writing a file"
     if not (folder / "policy.pt").exists():
