@@ -1281,7 +1281,7 @@ def test_compiled_updates_are_the_same(tmp_path, monkeypatch, script=ogpo):
 class DDPMPolicy(torch.nn.Module):
     """Denoising diffusion over chunks with epsilon prediction. POCO asks of a policy only bc_loss and sample."""
 
-    def __init__(self, obs_dim, chunk_dim, hidden_dim=64, num_steps=20):
+    def __init__(self, obs_dim, chunk_dim, hidden_dim=64, num_steps=10):
         super().__init__()
         self.chunk_dim, self.num_steps = chunk_dim, num_steps
         angle = torch.linspace(0, 1, num_steps + 1).add(0.008).div(1.008).mul(np.pi / 2)  # cosine schedule
