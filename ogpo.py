@@ -131,8 +131,6 @@ HIGHEST = {  # and above 0
     "learning_rate": math.inf, "ppo_learning_rate": math.inf, "sigma": math.inf, "clip_epsilon": math.inf,
     "chi2_sharpness": math.inf,
 }  # fmt: skip
-
-
 OPTIONAL = {"tensorboard": "tensorboard", "track": "wandb", "capture_video": "moviepy"}  # argument: package that it needs
 
 
@@ -793,7 +791,10 @@ def choose_chunks(policy, critic, best_of_n: int, generator: torch.Generator, ob
 
 
 def evaluate(policy, critic, args: Args, best_of_n: int, num_episodes: int, *show) -> dict[str, float]:
-    """Runs the policy on episodes with the seeds 0, 1, ..., the same for all runs. Returns: success and return, means over the episodes."""
+    """Runs the policy on episodes with the seeds 0, 1, ..., the same for all runs; show as in collect_episodes.
+
+    Returns: success, return and completed tasks, means over the episodes.
+    """
     act = partial(choose_chunks, policy, critic, best_of_n, torch.Generator().manual_seed(0))
     episodes = collect_episodes(args, act, args.chunk_size, range(num_episodes), *show)
     success = [episode.success for episode in episodes]
@@ -803,6 +804,7 @@ def evaluate(policy, critic, args: Args, best_of_n: int, num_episodes: int, *sho
 
 
 def result_line(result: dict[str, float]) -> str:
+    """What evaluate returns, as a line to print; the mean return where the environment reports no success."""
     if math.isnan(result["success"]):
         return f"mean return {result['return']:.1f} (the environment reports no success)"
     tasks = f", {result['tasks']:.2f} tasks completed" if "tasks" in result else ""
@@ -826,7 +828,7 @@ MAY_CHANGE = {  # when a run is resumed
 
 
 def make_networks(args: Args, device: torch.device) -> tuple[FlowPolicy, CriticEnsemble]:
-    """Policy and critics of the sizes that the environment and the arguments ask for."""
+    """Policy and critics of the sizes that the environment and args ask for. Raises: UserError if they do not fit into memory."""
     env = make_env(args.env_id, args.chunk_size)
     (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     env.close()
@@ -839,6 +841,7 @@ def make_networks(args: Args, device: torch.device) -> tuple[FlowPolicy, CriticE
 
 
 def make_buffer(policy: FlowPolicy, args: Args, device: torch.device) -> ReplayBuffer:
+    """An empty buffer for the policy's observations and chunks. Raises: UserError if it is larger than the memory."""
     action_dim = policy.chunk_dim // args.chunk_size
     try:
         return ReplayBuffer(args.buffer_size, len(policy.normalize.mean), action_dim, args.chunk_size, args.gamma, device)
@@ -862,6 +865,15 @@ def save_file(path: Path, args: Args, content: dict) -> None:
     write_file(path, data.getbuffer())
 
 
+@contextlib.contextmanager
+def fitting(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a file's wrong content raises into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path} does not fit this {METHOD}.py: {what} is missing or has other names, shapes or values.") from error
+
+
 def read_file(path: Path, device: torch.device) -> tuple[Args, dict]:
     """Returns: a run's arguments, and what save_file was given. Raises: UserError if the file is not whole or not of this script."""
     if not path.is_file():
@@ -880,15 +892,6 @@ def read_file(path: Path, device: torch.device) -> tuple[Args, dict]:
         args = Args(**args)
         check_args(args)
     return args, content
-
-
-@contextlib.contextmanager
-def fitting(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever a file's wrong content raises into a UserError."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{path} does not fit this {METHOD}.py: {what} is missing or has other names, shapes or values.") from error
 
 
 def load_policy(path: Path, device: torch.device) -> tuple[Args, FlowPolicy, CriticEnsemble]:
@@ -998,6 +1001,13 @@ class RunLog:
         for tracker in self.trackers:
             tracker(means, step)
         return means
+
+
+def check_finite(means: dict[str, float]) -> None:
+    """Raises: RunError if a loss or a gradient was NaN or infinite since the row before; gradient_step has kept it from the weights."""
+    for name, value in means.items():
+        if name.startswith("losses/") and not math.isfinite(value):
+            raise RunError(f"{name} became NaN or infinite")
 
 
 @torch.compiler.assume_constant_result
@@ -1128,7 +1138,7 @@ def main(args: Args) -> dict:
         summary.setdefault("bc_success", result["success"])
         summary["final_success"], summary["final_return"] = result["success"], result["return"]
         summary["final_success_interval"] = wilson_interval(result["successes"], result["episodes"])
-        score = [float(np.nan_to_num(result["success"])), result["return"]]  # without is_success the return decides
+        score = [float(np.nan_to_num(result["success"])), result["return"]]  # without success the return decides
         if score >= progress.get("best", score):
             progress["best"], summary["best_success"], summary["best_step"] = score, result["success"], step
             save_policy("policy_best.pt")
@@ -1177,7 +1187,7 @@ def main(args: Args) -> dict:
                     network.load_state_dict(policy.state_dict())
             if rank == 0:
                 evaluate_and_save(FINAL_EPISODES)
-            log.write_row(0)
+            check_finite(log.write_row(0))
             save_checkpoint()
 
         # online: act, evaluate actions, improve the policy
@@ -1220,9 +1230,7 @@ def main(args: Args) -> dict:
                     log.record({"charts/buffer_size": buffer.size})
                     means = log.write_row(step)
                     bar.set_postfix(success=means.get("charts/success", math.nan), Q=means.get("losses/qf_values", math.nan))
-                    for name, value in means.items():
-                        if name.startswith("losses/") and not math.isfinite(value):
-                            raise RunError(f"{name} became NaN or infinite")
+                    check_finite(means)
                     if means.get("charts/episodic_length", math.inf) < args.chunk_size:
                         raise RunError(f"episodes end before a chunk of {args.chunk_size} steps does")
                 if due(args.checkpoint_interval):

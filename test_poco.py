@@ -822,6 +822,19 @@ def test_nan_loss_stops_the_run_before_it_reaches_the_weights(script, tmp_path, 
     assert all(torch.isfinite(parameter).all() for parameter in critic.parameters())
 
 
+@both_scripts
+def test_nan_loss_during_cloning_stops_the_run(script, tmp_path, monkeypatch):
+    honest = script.FlowPolicy.bc_loss
+    monkeypatch.setattr(script.FlowPolicy, "bc_loss", lambda *args: honest(*args) * torch.nan)
+    monkeypatch.setattr(script, "FINAL_EPISODES", 3)
+    monkeypatch.setitem(script.SCRIPTED, "Counter", lambda obs: np.zeros(2))
+    with pytest.raises(script.RunError, match=r"environment step 0: losses/.* became NaN"):
+        small_run(script, tmp_path, monkeypatch, dataset="scripted", num_demos=10, bc_steps=3)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    _, policy, _ = script.load_policy(run_dir / "policy.pt", torch.device("cpu"))
+    assert all(torch.isfinite(parameter).all() for parameter in policy.parameters())
+
+
 # The command line, as a user types it
 
 

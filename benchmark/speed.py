@@ -340,7 +340,7 @@ def matmul_rates(device: str) -> dict[str, float]:
         if kind != "tf32" or device == "cuda":
             torch.set_float32_matmul_precision(precision)
             a, b = torch.randn(2, n, n, device=device).to(dtype)
-            rates[kind] = 2 * n**3 / min(seconds_per_call(lambda: torch.mm(a, b), 1) for _ in range(8))  # noqa: B023
+            rates[kind] = 2 * n**3 / min(seconds_per_call(partial(torch.mm, a, b), 1) for _ in range(8))
     torch.set_float32_matmul_precision(before)
     return rates
 
@@ -451,7 +451,7 @@ def show_scaling(device: str, rounds: int) -> None:
         before = resident()
         buffer = random_buffer(size, base, device)
         grown, arrays = resident() - before, sum(column.nbytes for column in buffer.columns)
-        milliseconds = 1e3 * median_seconds(lambda: buffer.windows(buffer.draw(256)), rounds)  # noqa: B023
+        milliseconds = 1e3 * median_seconds(lambda buffer=buffer: buffer.windows(buffer.draw(256)), rounds)
         print(f"{size:<14,}{milliseconds:>22.3f}{arrays / 1e6:>14.1f}{grown / 1e6:>16.1f}")
 
 
