@@ -556,6 +556,12 @@ class Normalizer(nn.Module):
         return ((obs - self.mean) / self.std).clamp(-10, 10)
 
 
+def in_blocks(net: nn.Module, rows: Tensor) -> Tensor:
+    """net(rows), on a CPU in blocks whose activations stay in its cache. Args: rows (..., B, in). Returns: (..., B, out)."""
+    size = 2048 if rows.device.type == "cpu" else rows.shape[-2]
+    return torch.cat([net(block) for block in rows.split(size, dim=-2)], dim=-2)
+
+
 class FlowPolicy(nn.Module):
     """Flow matching over action chunks along straight lines from noise (t = 0) to chunk (t = 1)."""
 
@@ -569,7 +575,7 @@ class FlowPolicy(nn.Module):
 
     def velocity(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Velocity v(x, t, s) of the flow. Args: obs (B, O), x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
-        return self.net(torch.cat([self.normalize(obs), x, t], dim=1))
+        return in_blocks(self.net, torch.cat([self.normalize(obs), x, t], dim=1))
 
     def bc_loss(self, obs: Tensor, chunk: Tensor, valid: Tensor | None, noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
         """Flow-matching loss L_BC: squared error of the velocity, averaged over the valid entries of each chunk.
@@ -623,7 +629,7 @@ class CriticEnsemble(nn.Module):
     def forward(self, obs: Tensor, chunk: Tensor) -> Tensor:
         """Args: obs (B, O), chunk (B, D). Returns: Q (M, B)."""
         x = torch.cat([self.normalize(obs), chunk], dim=1)
-        hidden = self.net(x.expand(self.num_critics, -1, -1))
+        hidden = in_blocks(self.net, x.expand(self.num_critics, -1, -1))
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot tell -20.0 from -20.06
             return self.head(hidden.float()).squeeze(2)
 
@@ -653,29 +659,31 @@ def reduce_next_q(next_q: Tensor, how: str) -> Tensor:
     return next_q.mean(1) if how == "mean" else next_q.quantile(0.5, dim=1)
 
 
-def chain_step(policy, obs: Tensor, x: Tensor, t: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """One stochastic Euler step of the flow, x_{k+1} ~ N(mean, std^2). The drift is corrected by (sigma_t^2 / 2) * score with
+def chain_step(policy, obs: Tensor, x: Tensor, t: Tensor, sigma: float) -> torch.distributions.Normal:
+    """One stochastic Euler step of the flow, the distribution of x_{k+1} given x_k. The drift is corrected by (sigma_t^2 / 2) * score with
     sigma_t = sigma sqrt(1 - t) and score = (t v - x) / (1 - t), so the marginals stay those of the ODE for every sigma.
 
-    Args: obs (B, O); x (B, D); t (B, 1) in [0, 1). Returns: mean (B, D), std (B, 1).
+    Args: obs (B, O); x (B, D); t (B, 1) in [0, 1). Returns: a Normal of (B, D).
     """
     dt = 1 / policy.flow_steps
     v = policy.velocity(obs, x, t)
     mean = x + dt * (v + sigma**2 / 2 * (t * v - x))  # 1 - t cancels
-    return mean, sigma * torch.sqrt((1 - t) * dt)
+    return torch.distributions.Normal(mean, sigma * torch.sqrt((1 - t) * dt), validate_args=False)
 
 
 @torch.no_grad()
-def sample_chain(policy, obs: Tensor, sigma: float, noise: Tensor | None = None) -> Tensor:
+def sample_chain(policy, obs: Tensor, sigma: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Draws the denoising chain x_0, ..., x_K of the stochastic sampler; sigma 0 gives the ODE's.
 
-    Args: policy, anything with velocity, flow_steps and chunk_dim; obs (B, O); noise x_0 (B, D), drawn if None. Returns: (K + 1, B, D).
+    Args: policy, anything with velocity, flow_steps and chunk_dim; obs (B, O); noise x_0 (B, D), drawn if None.
+    Returns: chain (K + 1, B, D), its chain_log_prob (B,).
     """
-    chain = [torch.randn(len(obs), policy.chunk_dim, device=obs.device) if noise is None else noise]
+    chain, log_probs = [torch.randn(len(obs), policy.chunk_dim, device=obs.device) if noise is None else noise], []
     for k in range(policy.flow_steps):
-        mean, std = chain_step(policy, obs, chain[-1], torch.full_like(chain[0][:, :1], k / policy.flow_steps), sigma)
-        chain.append(mean + std * torch.randn_like(mean))
-    return torch.stack(chain)
+        step = chain_step(policy, obs, chain[-1], torch.full_like(chain[0][:, :1], k / policy.flow_steps), sigma)
+        chain.append(step.sample())
+        log_probs.append(step.log_prob(chain[-1]).mean(1))
+    return torch.stack(chain), torch.stack(log_probs).mean(0)
 
 
 def chain_log_prob(policy, obs: Tensor, chain: Tensor, sigma: float) -> Tensor:
@@ -685,8 +693,8 @@ def chain_log_prob(policy, obs: Tensor, chain: Tensor, sigma: float) -> Tensor:
     """
     steps, n, dim = len(chain) - 1, *chain.shape[1:]
     t = torch.arange(steps, device=chain.device).repeat_interleave(n)[:, None].to(chain) / steps  # (K * B, 1)
-    mean, std = chain_step(policy, obs.repeat(steps, 1), chain[:-1].reshape(-1, dim), t, sigma)
-    return torch.distributions.Normal(mean, std, validate_args=False).log_prob(chain[1:].reshape(-1, dim)).mean(1).view(steps, n).mean(0)
+    step = chain_step(policy, obs.repeat(steps, 1), chain[:-1].reshape(-1, dim), t, sigma)
+    return step.log_prob(chain[1:].reshape(-1, dim)).mean(1).view(steps, n).mean(0)
 
 
 def group_advantage(q: Tensor, conservative: bool) -> Tensor:
@@ -753,20 +761,19 @@ def update_policy(policy, old_policy, slow_policy, target_critic, optimizer, bat
     n = args.group_size
     obs = batch.obs[: args.ppo_batch_size].repeat_interleave(n, dim=0)  # (B * G, O)
     with torch.no_grad(), mixed_precision(args, obs.device):
-        chain = sample_chain(old_policy, obs, args.sigma)  # (K + 1, B * G, D)
+        chain, old_log_prob = sample_chain(old_policy, obs, args.sigma)  # (K + 1, B * G, D), (B * G,)
         q = target_critic(obs, chain[-1].clamp(-1, 1)).view(args.num_critics, -1, n)
-    with torch.no_grad():  # ratios are compared with 1 +- clip_epsilon, which asks for float32
-        old_log_prob = chain_log_prob(old_policy, obs, chain, args.sigma)
-    log_prob = chain_log_prob(policy, obs, chain, args.sigma)
-    if args.chi2_coef:
-        with torch.no_grad():
-            ratio = (log_prob - chain_log_prob(slow_policy, obs, chain, args.sigma)).exp().view(-1, n)
-            q = q + chi2_penalised_q(q, ratio, args.chi2_coef, args.chi2_sharpness) - q.mean(0)  # the mean is replaced, members stay apart
-    advantage = group_advantage(q, args.conservative)
-    loss, metrics = ppo_loss(log_prob, old_log_prob, advantage.flatten(), args.clip_epsilon)
-    if args.success_coef:
-        bc_loss = policy.bc_loss(success.obs, success.chunk, success.valid).mean()
-        loss, metrics["losses/bc_loss"] = loss + args.success_coef * bc_loss, bc_loss.detach()
+    with mixed_precision(args, obs.device):
+        log_prob = chain_log_prob(policy, obs, chain, args.sigma)
+        if args.chi2_coef:
+            with torch.no_grad():
+                ratio = (log_prob - chain_log_prob(slow_policy, obs, chain, args.sigma)).exp().view(-1, n)
+                q = q + chi2_penalised_q(q, ratio, args.chi2_coef, args.chi2_sharpness) - q.mean(0)  # members stay apart
+        advantage = group_advantage(q, args.conservative)
+        loss, metrics = ppo_loss(log_prob, old_log_prob, advantage.flatten(), args.clip_epsilon)
+        if args.success_coef:
+            bc_loss = policy.bc_loss(success.obs, success.chunk, success.valid).mean()
+            loss, metrics["losses/bc_loss"] = loss + args.success_coef * bc_loss, bc_loss.detach()
     metrics["losses/actor_grad_norm"] = gradient_step(optimizer, loss)
     with torch.no_grad():
         for network, tau in ((old_policy, args.policy_tau), (slow_policy, args.chi2_tau)):

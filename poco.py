@@ -545,6 +545,12 @@ class Normalizer(nn.Module):
         return ((obs - self.mean) / self.std).clamp(-10, 10)
 
 
+def in_blocks(net: nn.Module, rows: Tensor) -> Tensor:
+    """net(rows), on a CPU in blocks whose activations stay in its cache. Args: rows (..., B, in). Returns: (..., B, out)."""
+    size = 2048 if rows.device.type == "cpu" else rows.shape[-2]
+    return torch.cat([net(block) for block in rows.split(size, dim=-2)], dim=-2)
+
+
 class FlowPolicy(nn.Module):
     """Flow matching over action chunks along straight lines from noise (t = 0) to chunk (t = 1)."""
 
@@ -558,7 +564,7 @@ class FlowPolicy(nn.Module):
 
     def velocity(self, obs: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Velocity v(x, t, s) of the flow. Args: obs (B, O), x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
-        return self.net(torch.cat([self.normalize(obs), x, t], dim=1))
+        return in_blocks(self.net, torch.cat([self.normalize(obs), x, t], dim=1))
 
     def bc_loss(self, obs: Tensor, chunk: Tensor, valid: Tensor | None, noise: Tensor | None = None, time: Tensor | None = None) -> Tensor:
         """Flow-matching loss L_BC: squared error of the velocity, averaged over the valid entries of each chunk.
@@ -612,7 +618,7 @@ class CriticEnsemble(nn.Module):
     def forward(self, obs: Tensor, chunk: Tensor) -> Tensor:
         """Args: obs (B, O), chunk (B, D). Returns: Q (M, B)."""
         x = torch.cat([self.normalize(obs), chunk], dim=1)
-        hidden = self.net(x.expand(self.num_critics, -1, -1))
+        hidden = in_blocks(self.net, x.expand(self.num_critics, -1, -1))
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot tell -20.0 from -20.06
             return self.head(hidden.float()).squeeze(2)
 

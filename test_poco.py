@@ -341,7 +341,7 @@ def assert_marginals_are_those_of_the_ode(sampler, flow, sigma, n=4000):
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("flow", [GAUSSIAN, TWO_MODES], ids=["gaussian", "two modes"])
 def test_the_stochastic_sampler_keeps_the_marginals_of_the_ode(flow, sigma):
-    assert_marginals_are_those_of_the_ode(ogpo.sample_chain, flow, sigma)
+    assert_marginals_are_those_of_the_ode(lambda *args: ogpo.sample_chain(*args)[0], flow, sigma)
     if sigma >= 0.5:  # below, the correction is smaller than the Monte-Carlo error
         with pytest.raises(AssertionError):
             assert_marginals_are_those_of_the_ode(functools.partial(wrong_chain, corrected=False, with_sqrt_dt=True), flow, sigma)
@@ -354,7 +354,7 @@ def test_the_stochastic_sampler_keeps_the_marginals_of_the_ode(flow, sigma):
 def test_sample_chain_with_sigma_zero_is_the_ode():
     policy = FlowPolicy(obs_dim=3, chunk_dim=4, flow_steps=7)
     obs, noise = torch.randn(5, 3), torch.randn(5, 4)
-    chain = ogpo.sample_chain(policy, obs, 0.0, noise)
+    chain, _ = ogpo.sample_chain(policy, obs, 0.0, noise)
     assert chain.shape == (8, 5, 4) and torch.equal(chain[0], noise)
     torch.testing.assert_close(chain[-1].clamp(-1, 1), policy.sample(obs, noise))
 
@@ -378,7 +378,8 @@ def test_chain_log_prob():
     policy.normalize.fit(torch.tensor(rng.normal(2, 3, (50, 3))).float())
     obs = rng.normal(size=(5, 3))
     for sigma in (0.1, 1.0):
-        chain = ogpo.sample_chain(policy, torch.tensor(obs).float(), sigma)
+        chain, own_log_prob = ogpo.sample_chain(policy, torch.tensor(obs).float(), sigma)
+        np.testing.assert_allclose(own_log_prob, numpy_chain_log_prob(policy, obs, chain.double().numpy(), sigma), rtol=1e-4, atol=1e-4)
         for points in (chain, chain + 0.01 * torch.randn_like(chain)):  # its own chain and another
             log_prob = ogpo.chain_log_prob(policy, torch.tensor(obs).float(), points, sigma)
             expected = numpy_chain_log_prob(policy, obs, points.double().numpy(), sigma)
@@ -388,12 +389,13 @@ def test_chain_log_prob():
 def test_log_prob_of_a_sampled_chain_is_the_density_of_its_own_noise():
     sigma, n, steps = 0.3, 7, 50
     torch.manual_seed(5)
-    chain = ogpo.sample_chain(TWO_MODES, torch.zeros(n, 1), sigma, torch.zeros(n, 2).double())
+    chain, log_prob = ogpo.sample_chain(TWO_MODES, torch.zeros(n, 1), sigma, torch.zeros(n, 2).double())
     torch.manual_seed(5)
     xi = torch.stack([torch.randn(n, 2, dtype=torch.float64) for _ in range(steps)])  # the same draws
     std = sigma * torch.sqrt(1 - torch.arange(steps)[:, None, None] / steps) / steps**0.5
     expected = (-(xi**2) / 2 - std.log() - np.log(2 * np.pi) / 2).mean((0, 2))
-    torch.testing.assert_close(ogpo.chain_log_prob(TWO_MODES, torch.zeros(n, 1), chain, sigma), expected, rtol=1e-6, atol=1e-6)
+    for values in (log_prob, ogpo.chain_log_prob(TWO_MODES, torch.zeros(n, 1), chain, sigma)):
+        torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_group_advantage():
@@ -457,8 +459,7 @@ def test_ppo_gradient_stops_outside_the_clip_and_only_there():
 def test_at_the_old_parameters_the_ratio_is_one_and_the_gradient_the_policy_gradient():
     policy = FlowPolicy(obs_dim=2, chunk_dim=2)
     obs, advantage = torch.randn(12, 2), torch.randn(12)
-    chain = ogpo.sample_chain(policy, obs, 0.2)
-    old_log_prob = ogpo.chain_log_prob(copy.deepcopy(policy), obs, chain, 0.2).detach()
+    chain, old_log_prob = ogpo.sample_chain(copy.deepcopy(policy), obs, 0.2)
     loss, metrics = ogpo.ppo_loss(ogpo.chain_log_prob(policy, obs, chain, 0.2), old_log_prob, advantage, 0.01)
     assert metrics["losses/clip_fraction"] == 0 and metrics["losses/ratio_std"] < 1e-6
     gradient = torch.autograd.grad(loss, policy.parameters())
@@ -1272,6 +1273,39 @@ def test_bfloat16_gives_nearly_the_same_update(monkeypatch):
     assert any(losses[True][name] != losses[False][name] for name in losses[True])
     for name in ("losses/qf_loss", "losses/actor_loss", "losses/actor_grad_norm", "losses/effective_samples"):
         assert losses[True][name].item() == pytest.approx(losses[False][name].item(), rel=0.03)
+
+
+@pytest.mark.parametrize("sigma", [0.16, 1.0])
+def test_bfloat16_keeps_the_ratio_of_chain_probabilities(monkeypatch, sigma):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    torch.manual_seed(0)
+    old_policy, obs, device = ogpo.FlowPolicy(3, 8), torch.randn(512, 3), torch.device("cpu")
+    policy, (vector,) = copy.deepcopy(old_policy), torch.randn(1, 8)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-4, fused=True)
+    for _ in range(3):
+        ogpo.gradient_step(optimizer, policy.bc_loss(obs, vector.expand(512, -1).clamp(-1, 1), None).mean())
+    with torch.no_grad():
+        with ogpo.mixed_precision(ogpo.Args(), device):
+            chain, old_log_prob = ogpo.sample_chain(old_policy, obs, sigma)
+            unmoved = (ogpo.chain_log_prob(old_policy, obs, chain, sigma) - old_log_prob).exp()
+            ratio = (ogpo.chain_log_prob(policy, obs, chain, sigma) - old_log_prob).exp()
+        exact = (ogpo.chain_log_prob(policy, obs, chain, sigma) - ogpo.chain_log_prob(old_policy, obs, chain, sigma)).exp()
+    assert (unmoved - 1).abs().max() < 1e-4
+    assert 0 < (ratio - exact).std() < 0.1 * exact.std()
+
+
+def test_blocks_of_rows_change_nothing():
+    rows = 5000  # more than two blocks
+    policy, critic = FlowPolicy(3, 4, hidden_dim=16), CriticEnsemble(3, 4, 2, hidden_dim=16)
+    obs, x, t = torch.randn(rows, 3), torch.randn(rows, 4), torch.rand(rows, 1)
+    values = policy.velocity(obs, x, t), critic(obs, x)
+    hidden = critic.net(torch.cat([obs, x], dim=1).expand(2, -1, -1))  # as no statistics were fitted
+    whole = policy.net(torch.cat([obs, x, t], dim=1)), critic.head(hidden).squeeze(2)
+    for network, value, expected in zip((policy, critic), values, whole, strict=True):
+        torch.testing.assert_close(value, expected)
+        gradients = [torch.autograd.grad(v.square().mean(), network.parameters()) for v in (value, expected)]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_compiled_updates_are_the_same(tmp_path, monkeypatch, script=ogpo):

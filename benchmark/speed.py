@@ -274,13 +274,14 @@ class OgpoPeer(Peer):
         v, dt, sigma = self.velocity(params, obs, x, t), 1 / self.args.flow_steps, self.args.sigma
         return x + dt * (v + sigma**2 / 2 * (t * v - x)), sigma * jnp.sqrt((1 - t) * dt)
 
-    def sample_chain(self, params, obs, noise):  # (K + 1, R, D)
+    def sample_chain(self, params, obs, noise):  # (K + 1, R, D), (R,)
         def step(x, inputs):
             mean, std = self.chain_step(params, obs, x, jnp.full((len(x), 1), inputs[0]))
-            return (mean + std * inputs[1],) * 2
+            x = mean + std * inputs[1]
+            return x, (x, jax.scipy.stats.norm.logpdf(x, mean, std).mean(1))
 
-        _, chain = jax.lax.scan(step, noise[0], (jnp.arange(self.args.flow_steps) / self.args.flow_steps, noise[1:]))
-        return jnp.concatenate([noise[:1], chain])
+        _, (chain, log_probs) = jax.lax.scan(step, noise[0], (jnp.arange(self.args.flow_steps) / self.args.flow_steps, noise[1:]))
+        return jnp.concatenate([noise[:1], chain]), log_probs.mean(0)
 
     def chain_log_prob(self, params, obs, chain):  # (R,)
         steps, rows, dim = len(chain) - 1, *chain.shape[1:]
@@ -290,11 +291,11 @@ class OgpoPeer(Peer):
 
     def candidates(self, state, batch, noise):
         obs = jnp.repeat(batch.obs[: self.args.ppo_batch_size], self.args.group_size, axis=0)  # (R, O)
-        chain = self.sample_chain(state["old_policy"], obs, noise)
+        chain, log_prob = self.sample_chain(state["old_policy"], obs, noise)
         q = self.q(state["target_critic"], obs, jnp.clip(chain[-1], -1, 1)).reshape(self.args.num_critics, -1, self.args.group_size)
         advantage = q - q.mean(2, keepdims=True)
         advantage = jnp.maximum(advantage.min(0), 0) + jnp.minimum(advantage.max(0), 0)
-        return obs, chain, self.chain_log_prob(state["old_policy"], obs, chain), advantage.flatten()
+        return obs, chain, log_prob, advantage.flatten()
 
     def policy_loss(self, params, batch, found, noise):
         obs, chain, old_log_prob, advantage = found
@@ -323,7 +324,8 @@ def check_peer(script) -> float:
     chain = noise[1] if script is ogpo else [noise[1]]  # the chain's steps are drawn one by one
     draws = iter([torch.tensor(np.asarray(draw)) for draw in (noise[0], *chain, *jax.tree.leaves(noise[2]))])
     ours = [side.policy.velocity(batch.obs, torch.tensor(np.asarray(noise[0])), batch.valid[:, :1]), side.critic(batch.obs, batch.chunk)]
-    with mock.patch.multiple(torch, **dict.fromkeys(("randn", "randn_like", "rand_like"), lambda *args, **kwargs: next(draws))):
+    drawing = dict.fromkeys(("randn", "randn_like", "rand_like"), lambda *args, **kwargs: next(draws))
+    with mock.patch.multiple(torch, normal=lambda mean, std: mean + std * next(draws), **drawing):
         ours += [side.update_critic(side.start)["losses/qf_loss"], side.update_policy(side.start)["losses/actor_loss"]]
     ours += [tensor for name in names for layer in layers(getattr(side, name)) for tensor in layer]
     difference = max(np.abs(a.detach().numpy() - np.asarray(b)).max() for a, b in zip(ours, theirs, strict=True))
@@ -359,7 +361,7 @@ def matmul_flops(side: Torch) -> np.ndarray:
         candidates, loss = rows * (sampling + value), (rows + batch) * train_policy
     else:
         rows = args.ppo_batch_size * args.group_size
-        candidates, loss = rows * (2 * sampling + value), (rows * args.flow_steps + batch) * train_policy  # 2: also the log-probability
+        candidates, loss = rows * (sampling + value), (rows * args.flow_steps + batch) * train_policy
     td = batch * (sampling + value + args.num_critics * train_critic)
     return np.array([td, candidates, loss, td + candidates + loss], float)
 
@@ -399,7 +401,7 @@ def time_parts(name: str, args: Args, rate: float) -> None:
     for s in sides:
         s.seconds(1)  # compiles
     repeats = [max(1, round(0.3 / s.seconds(1)[-1])) for s in sides]
-    rounds = [[s.seconds(count) for s, count in zip(sides, repeats, strict=True)] for _ in range(args.rounds)]
+    rounds = [[(s.seconds(1), s.seconds(count))[1] for s, count in zip(sides, repeats, strict=True)] for _ in range(args.rounds)]
     medians = np.median(rounds, axis=0)  # (1 or 2, 4)
     limits = matmul_flops(side) / rate
     print(f"{'ms':<12}{'torch':>9}{'limit':>9}{'share':>7}" + f"{'JAX':>11}{'share':>7}{'JAX / torch':>13}" * (len(sides) - 1))
