@@ -120,7 +120,7 @@ HIGHEST = {  # and above 0
     "gamma": 1, "tau": 1, "bc_success_cap": 1, "reward_scale": math.inf, "learning_rate": math.inf, "temperature": math.inf,
     "clip_threshold": math.inf,
 }  # fmt: skip
-OPTIONAL = {"tensorboard": "tensorboard", "track": "wandb", "capture_video": "moviepy"}  # argument: package that it needs
+OPTIONAL = {"tensorboard": "tensorboard", "track": "wandb", "capture_video": "moviepy", "cudagraphs": "tensordict"}  # packages they need
 
 
 class UserError(Exception):
@@ -142,16 +142,16 @@ def check_args(args: Args) -> None:
             raise UserError(f"{option} must be at least {LOWEST.get(name, 1)}, not {value}{hint}.")
     if args.buffer_size < args.batch_size:
         raise UserError(f"--buffer-size {args.buffer_size} is below --batch-size {args.batch_size}.")
+    if args.cudagraphs and not torch.cuda.is_available():
+        raise UserError("--cudagraphs: torch finds no CUDA device here.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; type --device cpu or --device auto.")
     for name, package in OPTIONAL.items():
         if getattr(args, name) and not importlib.util.find_spec(package):
             raise UserError(f"--{name.replace('_', '-')} needs a package that is not installed: pip install {package}")
     for name, limit in (("seed", 2**31), ("hidden_dim", 2**14)):  # beyond it, NumPy's seeds end, and memory runs out silently
         if getattr(args, name) >= limit:
             raise UserError(f"--{name.replace('_', '-')} must be below {limit}, not {getattr(args, name)}.")
-    if args.cudagraphs and not torch.cuda.is_available():
-        raise UserError("--cudagraphs: torch finds no CUDA device here.")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; type --device cpu or --device auto.")
     if args.render and not args.evaluate:
         raise UserError("--render shows the episodes of --evaluate; type --evaluate runs/.../policy.pt --render.")
     if args.render and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
@@ -954,28 +954,11 @@ def mixed_precision(args: Args, device: torch.device) -> torch.autocast:
 def accelerate(update: Callable, args: Args) -> Callable:
     """update(*tensors) -> metrics: compiled with --compile; with --cudagraphs recorded once, then replayed without Python."""
     update = torch.compile(update) if args.compile else update
-    if not args.cudagraphs:
-        return update
-    graph, stream, calls, own, metrics = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(), [], {}
+    if args.cudagraphs:
+        from tensordict.nn import CudaGraphModule
 
-    def replay(*tensors: Tensor) -> dict[str, Tensor]:
-        call = next(calls)
-        if call < 3:  # ordinary ones, in which Adam's state and the libraries' workspaces come into being
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = update(*tensors)
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if call == 3:
-            own.extend(tensor.clone() for tensor in tensors)
-            with torch.cuda.graph(graph):
-                metrics.update(update(*own))
-        for static, given in zip(own, tensors, strict=True):
-            static.copy_(given)
-        graph.replay()
-        return metrics
-
-    return replay
+        update = CudaGraphModule(update, warmup=4)  # before that, Adam's state and the libraries' workspaces come into being
+    return update
 
 
 def behaviour_cloning(policy, critic, optimizer, buffer: ReplayBuffer, args: Args, log: RunLog) -> None:

@@ -1322,6 +1322,16 @@ def test_compiled_updates_are_the_same(tmp_path, monkeypatch, script=ogpo):
         assert rows[0][name] == rows[1][name] == "" or float(rows[1][name]) == pytest.approx(float(rows[0][name]), rel=1e-3)
 
 
+def test_cudagraphs_take_the_updates_and_want_a_gpu(monkeypatch):
+    with pytest.raises(poco.UserError, match="no CUDA device"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        poco.check_args(Args(cudagraphs=True))
+    pytest.importorskip("tensordict")
+    with pytest.warns(UserWarning, match="without CUDA"):  # there it passes every call through
+        update = poco.accelerate(lambda start: {"losses/actor_loss": start.sum()}, Args(cudagraphs=True))
+    assert [update(torch.full((2,), float(i)))["losses/actor_loss"].item() for i in range(6)] == [0, 2, 4, 6, 8, 10]
+
+
 # Another policy
 
 
