@@ -556,9 +556,9 @@ class Normalizer(nn.Module):
         return ((obs - self.mean) / self.std).clamp(-10, 10)
 
 
-def in_blocks(net: nn.Module, rows: Tensor) -> Tensor:
+def in_blocks(net: Callable, rows: Tensor) -> Tensor:
     """net(rows), on a CPU in blocks whose activations stay in its cache. Args: rows (..., B, in). Returns: (..., B, out)."""
-    size = 2048 if rows.device.type == "cpu" else rows.shape[-2]
+    size = math.ceil(2048 / math.prod(rows.shape[:-2])) if rows.device.type == "cpu" else rows.shape[-2]
     return torch.cat([net(block) for block in rows.split(size, dim=-2)], dim=-2)
 
 
@@ -629,9 +629,13 @@ class CriticEnsemble(nn.Module):
     def forward(self, obs: Tensor, chunk: Tensor) -> Tensor:
         """Args: obs (B, O), chunk (B, D). Returns: Q (M, B)."""
         x = torch.cat([self.normalize(obs), chunk], dim=1)
-        hidden = in_blocks(self.net, x.expand(self.num_critics, -1, -1))
+        return in_blocks(self.value, x.expand(self.num_critics, -1, -1)).squeeze(2)
+
+    def value(self, x: Tensor) -> Tensor:
+        """Args: inputs of the networks (M, B, O + D). Returns: (M, B, 1)."""
+        hidden = self.net(x)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot tell -20.0 from -20.06
-            return self.head(hidden.float()).squeeze(2)
+            return self.head(hidden.float())
 
 
 # The algorithm
