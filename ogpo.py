@@ -685,7 +685,7 @@ def sample_chain(policy, obs: Tensor, sigma: float, noise: Tensor | None = None)
     chain, log_probs = [torch.randn(len(obs), policy.chunk_dim, device=obs.device) if noise is None else noise], []
     for k in range(policy.flow_steps):
         step = chain_step(policy, obs, chain[-1], torch.full_like(chain[0][:, :1], k / policy.flow_steps), sigma)
-        chain.append(step.sample())
+        chain.append(step.mean + step.stddev * torch.randn_like(step.mean))  # step.sample() would wait for a GPU
         log_probs.append(step.log_prob(chain[-1]).mean(1))
     return torch.stack(chain), torch.stack(log_probs).mean(0)
 
