@@ -27,6 +27,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ogpo
 import poco
@@ -1320,6 +1321,37 @@ def test_compiled_updates_are_the_same(tmp_path, monkeypatch, script=ogpo):
         rows.append(list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))[-1])
     for name in rows[0]:
         assert rows[0][name] == rows[1][name] == "" or float(rows[1][name]) == pytest.approx(float(rows[0][name]), rel=1e-3)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operations that read values back from the device, which a GPU's queue would have to be emptied for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert func.overloadpacket not in (aten._local_scalar_dense, aten.nonzero, aten.masked_select), func
+        assert func != aten.normal.Tensor_Tensor  # its kernel looks whether each deviation is positive
+        masks = args[1] if func.overloadpacket in (aten.index, aten.index_put_) else ()
+        assert not any(mask is not None and mask.dtype == torch.bool for mask in masks), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_updates_never_wait_for_the_device(script):
+    for waiting in (lambda x: x.item(), lambda x: bool(x.sum() > 0), lambda x: x[x > 0], lambda x: torch.normal(x, x)):
+        with pytest.raises(AssertionError), NoWaiting():
+            waiting(torch.ones(1))
+    args = script.Args(batch_size=32, **({"chi2_coef": 0.1, "next_samples": 2} if script is ogpo else {}))
+    policy, critic = script.FlowPolicy(3, 20), script.CriticEnsemble(3, 20, args.num_critics)
+    adam = [torch.optim.Adam(network.parameters(), fused=True) for network in (policy, critic)]
+    followers = [copy.deepcopy(policy) for _ in range(2 * (script is ogpo))]
+    buffer = script.ReplayBuffer(100, 3, 4, args.chunk_size, args.gamma)
+    buffer.add_episode(Trajectory(np.ones((51, 3)), np.zeros((50, 4)), np.ones(50), True, 1.0, 0))
+    for _ in range(2):
+        start, target = buffer.draw(args.batch_size), copy.deepcopy(critic)
+        with NoWaiting():
+            batches = [buffer.windows(start)] * (1 + (script is ogpo))
+            script.update_critic(policy, critic, target, adam[1], batches[0], args)
+            script.update_policy(policy, *followers, target, adam[0], *batches, args)
 
 
 def test_cudagraphs_take_the_updates_and_want_a_gpu(monkeypatch):
