@@ -346,14 +346,21 @@ def matmul_rates(device: str) -> dict[str, float]:
     return rates
 
 
-def matmul_flops(side: Torch) -> np.ndarray:
+def copy_rate() -> float:
+    """Bytes/s of reading and writing a large tensor on the GPU, best of several."""
+    a, b = torch.empty(2, 2**30, dtype=torch.uint8, device="cuda")
+    return 2 * a.nbytes / min(seconds_per_call(partial(a.copy_, b), 1) for _ in range(8))
+
+
+def matmul_flops(side: Torch, of_layer=lambda i, o: 2 * i * o) -> np.ndarray:
     """Matrix products of an update as its equations say, two FLOPs for a multiply-add: (4,), parts as in Torch.seconds.
 
-    A gradient costs twice the forward pass, less that of the first layer's input, which nobody asks for.
+    A gradient costs twice the forward pass, less that of the first layer's input, which nobody asks for. With another of_layer, the cost
+    of one row in a layer of i inputs and o outputs, it counts something else in the same way.
     """
     args, batch = side.args, side.args.batch_size
-    policy, critic = (2 * sum(i * o for i, o in itertools.pairwise(widths(network))) for network in (side.policy, side.critic))
-    train_policy, train_critic = 3 * policy - 2 * math.prod(widths(side.policy)[:2]), 3 * critic - 2 * math.prod(widths(side.critic)[:2])
+    policy, critic = (sum(itertools.starmap(of_layer, itertools.pairwise(widths(network)))) for network in (side.policy, side.critic))
+    train_policy, train_critic = 3 * policy - of_layer(*widths(side.policy)[:2]), 3 * critic - of_layer(*widths(side.critic)[:2])
     sampling, value = args.flow_steps * policy, args.num_critics * critic
     if side.script is poco:
         rows = args.posterior_batch_size * args.num_candidates
@@ -412,9 +419,12 @@ def time_parts(name: str, args: Args, rate: float) -> None:
 
 def time_modes(name: str, args: Args, rate: float) -> None:
     """Whole updates on a GPU, the drawing of the batch included."""
-    side = Torch(SIZES[name], "cuda")
+    side, bandwidth = Torch(SIZES[name], "cuda"), copy_rate()
     describe(name, side)
     flops, calls = matmul_flops(side)[-1], {}
+    moved = matmul_flops(side, lambda i, o: 2 * (i + o))[-1]  # each layer reads its inputs and writes its outputs once, in bfloat16
+    limit = min(rate / flops, bandwidth / moved)
+    print(f"at most {limit:.0f} updates/s: {rate / flops:.0f} by FLOPs, {bandwidth / moved:.0f} by the {moved / 1e9:.2f} GB between layers")
     for flags in ([], ["compile"], ["cudagraphs"], ["compile", "cudagraphs"]):
         calls["torch " + (" + ".join(flags) or "eager")] = Torch(replace(SIZES[name], **dict.fromkeys(flags, True)), "cuda").update
     if jax and args.peer and jax.default_backend() == "gpu":
@@ -423,7 +433,7 @@ def time_modes(name: str, args: Args, rate: float) -> None:
     for mode, call in calls.items():
         torch.compiler.reset()
         speed = 1 / median_seconds(call, args.rounds)
-        print(f"{mode:<28}{speed:>9.1f} updates/s of at most {rate / flops:.0f}: {speed * flops / rate:.0%}")
+        print(f"{mode:<28}{speed:>9.1f} updates/s, {speed / limit:.0%} of the limit")
 
 
 def time_environment(rounds: int) -> None:
