@@ -490,10 +490,13 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, chunk_size: int, gamma: float, device: torch.device | str = "cpu"):
         self.capacity, self.chunk_size, self.gamma, self.device = capacity, chunk_size, gamma, device
-        self.obs, self.next_obs = torch.zeros(2, capacity, obs_dim, device=device)
-        self.actions = torch.zeros(capacity, action_dim, device=device)
-        self.rewards, self.terminated = torch.zeros(2, capacity, device=device)
-        self.steps_left = torch.zeros(capacity, dtype=torch.long, device=device)  # in the episode, this one included
+
+        def zeros(*shape, dtype=np.float32):  # NumPy's take up no memory before they are written to
+            return torch.from_numpy(np.zeros(shape, dtype)).to(device)
+
+        self.obs, self.next_obs, self.actions = zeros(capacity, obs_dim), zeros(capacity, obs_dim), zeros(capacity, action_dim)
+        self.rewards, self.terminated = zeros(capacity), zeros(capacity)
+        self.steps_left = zeros(capacity, dtype=np.int64)  # in the episode, this one included
         self.columns = self.obs, self.next_obs, self.actions, self.rewards, self.terminated, self.steps_left
         self.position, self.size, self.reward_scale = 0, 0, 1.0
 
@@ -856,7 +859,7 @@ def make_buffer(policy: FlowPolicy, args: Args, device: torch.device) -> ReplayB
     action_dim = policy.chunk_dim // args.chunk_size
     try:
         return ReplayBuffer(args.buffer_size, len(policy.normalize.mean), action_dim, args.chunk_size, args.gamma, device)
-    except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+    except (RuntimeError, MemoryError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"--buffer-size {args.buffer_size} does not fit into memory.") from error
 
 

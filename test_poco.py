@@ -915,6 +915,8 @@ BAD_INPUT = {
     "render without evaluate": ("--render", "--evaluate"),
     "no such file": ("--evaluate nowhere.pt", "nowhere.pt"),
     "buffer below batch": ("--buffer-size 100", "--batch-size"),
+    "buffer beyond memory": (f"--buffer-size {10**13}", "does not fit into memory"),
+    "buffer beyond numbers": (f"--buffer-size {10**22}", "does not fit into memory"),
     "cap above one": ("--bc-success-cap 45", "--bc-success-cap"),
     "ogpo: no group": ("--group-size 1", "--group-size must be at least 2"),
     "ogpo: no noise": ("--sigma 0", "--sigma"),
@@ -1321,6 +1323,19 @@ def test_compiled_updates_are_the_same(tmp_path, monkeypatch, script=ogpo):
         rows.append(list(csv.DictReader((run_dir / "metrics.csv").read_text().splitlines()))[-1])
     for name in rows[0]:
         assert rows[0][name] == rows[1][name] == "" or float(rows[1][name]) == pytest.approx(float(rows[0][name]), rel=1e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux")
+def test_a_buffer_takes_up_no_memory_before_it_is_filled():
+    def resident():  # MB
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    before = resident()
+    buffer = ReplayBuffer(1_000_000, 28, 4, 5, 0.98)
+    assert sum(column.nbytes for column in buffer.columns) == 256_000_000
+    assert resident() - before < 30
+    buffer.obs[:] = 1  # so that this test can fail
+    assert resident() - before > 100
 
 
 class NoWaiting(TorchDispatchMode):
