@@ -680,7 +680,7 @@ def chain_step(policy, obs: Tensor, x: Tensor, t: Tensor, sigma: float) -> torch
 
 @torch.no_grad()
 def sample_chain(policy, obs: Tensor, sigma: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Draws the denoising chain x_0, ..., x_K of the stochastic sampler; sigma 0 gives the ODE's.
+    """Draws the denoising chain x_0, ..., x_K of the stochastic sampler; sigma 0 gives the ODE's, which has no density.
 
     Args: policy, anything with velocity, flow_steps and chunk_dim; obs (B, O); noise x_0 (B, D), drawn if None.
     Returns: chain (K + 1, B, D), its chain_log_prob (B,).
@@ -904,7 +904,7 @@ def read_file(path: Path, device: torch.device) -> tuple[Args, dict]:
         raise UserError(f"{path} was written by {written_by[0]}.py, format {written_by[1]}, and not by {METHOD}.py, format {FORMAT}.")
     with fitting(path, "its arguments"):
         args = Args(**args)
-        check_args(args)
+        check_args(replace(args, **dict.fromkeys(OPTIONAL, False)))  # what it was trained with need not be installed here
     return args, content
 
 

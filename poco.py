@@ -825,7 +825,7 @@ def read_file(path: Path, device: torch.device) -> tuple[Args, dict]:
         raise UserError(f"{path} was written by {written_by[0]}.py, format {written_by[1]}, and not by {METHOD}.py, format {FORMAT}.")
     with fitting(path, "its arguments"):
         args = Args(**args)
-        check_args(args)
+        check_args(replace(args, **dict.fromkeys(OPTIONAL, False)))  # what it was trained with need not be installed here
     return args, content
 
 

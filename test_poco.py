@@ -967,6 +967,17 @@ def test_policy_trained_on_cuda_loads_without_cuda(reach, tmp_path):
     assert args.env_id == "FetchReach-v4"
 
 
+def test_policy_trained_with_optional_packages_loads_without_them(reach, tmp_path, monkeypatch):
+    script, run_dir, _, _ = reach
+    content = torch.load(run_dir / "policy.pt", weights_only=True)
+    torch.save(content | {"args": content["args"] | dict.fromkeys(script.OPTIONAL, True)}, tmp_path / "policy.pt")
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    args, _, _ = script.load_policy(tmp_path / "policy.pt", torch.device("cpu"))
+    assert args.track and args.cudagraphs
+    with pytest.raises(script.UserError, match="CUDA device|pip install"):  # another run with them would need them
+        script.check_args(args)
+
+
 def test_damaged_and_malicious_policy_files(reach, tmp_path, monkeypatch):
     script, run_dir, _, _ = reach
     monkeypatch.chdir(tmp_path)
