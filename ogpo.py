@@ -89,7 +89,7 @@ class Args:
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # states of the batch that get a group of chains
     sigma: float = 1.0  # noise of the stochastic sampler
-    clip_epsilon: float = 0.005  # clip of the ratio of the normalised chain probabilities, 1 +- epsilon
+    clip_epsilon: float = 0.005  # clip of the chains' probability ratio, 1 +- epsilon
     ppo_learning_rate: float = 5e-4  # step size of Adam online
     policy_tau: float = 0.1  # Polyak rate of the old policy, from which the chains come
     conservative: bool = True  # OGPO+CA: count an advantage only where all critics agree on its sign
@@ -178,7 +178,7 @@ class CriticEnsemble(nn.Module):
     def __init__(self, obs_dim, chunk_dim, num_critics, hidden_dim=256):
         super().__init__()
         self.num_critics, self.normalize = num_critics, Normalizer(obs_dim)
-        layers, norm = [], nn.LayerNorm(hidden_dim, elementwise_affine=False)  # it has no weights
+        layers, norm = [], nn.LayerNorm(hidden_dim, elementwise_affine=False)  # no weights
         for i, o in itertools.pairwise([obs_dim + chunk_dim] + [hidden_dim] * 3):
             layers += [EnsembleLinear(num_critics, i, o), norm, nn.SiLU()]
         self.net, self.head = nn.Sequential(*layers), EnsembleLinear(num_critics, hidden_dim, 1)
@@ -278,12 +278,12 @@ def ppo_loss(log_prob, old_log_prob, advantage, clip_epsilon):
 
 
 def gradient_step(optimizer, loss):
-    """One step of fused Adam; a gradient that is not finite changes no weight. Returns: its norm."""
+    """A step of fused Adam; a gradient that is not finite changes no weight. Returns: its norm."""
     optimizer.zero_grad()
     loss.backward()
     gradients = average_over_ranks([parameter.grad for parameter in optimizer.param_groups[0]["params"]])
     norm = nn.utils.get_total_norm(gradients)
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # read by the kernel: nobody waits
+    optimizer.found_inf = (~torch.isfinite(norm)).float()  # read by the kernel
     optimizer.step()
     return norm
 
@@ -441,7 +441,7 @@ class ReplayBuffer:
         obs, actions, rewards = episode[:3]
         left = np.arange(len(actions), 0, -1)  # steps, this one included
         rows = np.column_stack([obs[:-1], obs[1:], actions, rewards, (left == 1) * episode.terminated, left])
-        require(np.isfinite(rows).all(), "an observation, an action or a reward is NaN or infinite")
+        require(np.isfinite(rows).all(), "an observation, action or reward is NaN or infinite")
         rows = torch.as_tensor(rows[-self.capacity :], dtype=torch.float32, device=self.steps.device)
         self.position = (self.position + len(left)) % self.capacity
         self.steps[(self.position - torch.arange(len(rows), 0, -1)) % self.capacity] = rows
@@ -574,7 +574,7 @@ def evaluate(policy, critic, args, best_of_n, videos):
     """On rank 0, runs single samples, then the best of n, on the seeds 0, 1, ... Returns: what it prints."""
     metrics, show = {}, ("human",) if args.render else ("rgb_array", videos) if args.capture_video else ()
     for n in sorted({1, best_of_n}) if RANK == 0 else ():
-        torch.manual_seed(0)  # start_rollout seeds anew
+        torch.manual_seed(0)  # start_rollout reseeds
         act = partial(choose_chunks, policy, critic, n)
         episodes = collect_episodes(args, act, range(args.eval_episodes), *show)
         success = np.array([episode.success for episode in episodes])
@@ -599,7 +599,7 @@ def load_demonstrations(args):
         data, own = io.BytesIO(), Environment(args).to_own_range
         own = [e._replace(actions=np.array([own(action).ravel() for action in e.actions])) for e in episodes]
         np.savez_compressed(data, **to_columns(own))
-        write_file(args.save_dataset, data.getbuffer())
+        write_file(args.save_dataset.with_suffix(".npz"), data.getbuffer())
     return episodes[RANK::NUM_RANKS]
 
 
@@ -669,24 +669,24 @@ def read_dataset(args):
             data = {key: np.atleast_1d(file[key]) for key in COLUMNS if key in file}
     else:
         data = to_columns(read_minari(args.dataset, env.env.unwrapped.observation_space))
-    for key in COLUMNS[:5]:
-        require(key in data, f"it has no {key}")
+    require(set(COLUMNS[:5]) <= set(data), f"needed are {', '.join(COLUMNS[:5])}")
     n = len(data["rewards"])
     for key, column in data.items():
         width = env.obs_dim if "observations" in key else env.action_dim if key == "actions" else 1
         fits = column.dtype.kind in "biuf" and len(column) == n and column.size == n * width
-        require(fits, f"{key} is {column.dtype} {column.shape} instead of {n} rows of {width} numbers")
+        require(fits, f"{key} is {column.dtype} {column.shape}, not {n} rows of {width} numbers")
+        require(key == "success" or np.isfinite(column).all(), f"{key} has NaN or infinity")
         data[key] = column.reshape(n, width).astype(np.float64)
     obs, actions, rewards, terminals, timeouts = (data[key] for key in COLUMNS[:5])
     ends = np.flatnonzero(terminals + timeouts)
-    require(len(ends), "terminals and timeouts mark no end of an episode")
+    require(len(ends), "terminals and timeouts mark no end")
     low, high = env.box.low.flatten(), env.box.high.flatten()
     outside = np.maximum(low - actions, actions - high).max()
-    require(not outside > 1e-4, f"actions lie outside {args.env_id}'s action space, by up to {outside:.3g}")
+    require(not outside > 1e-4, f"actions lie outside the action space, by up to {outside:.3g}")
     actions = np.clip((actions - low) / np.where(high > low, high - low, 1) * 2 - 1, -1, 1)
     next_obs, success = data.get("next_observations", obs), data.get("success", np.full((n, 1), math.nan))
     parts, episodes = [rows for rows in np.split(np.arange(n), ends + 1) if len(rows)], []
-    for rows in parts:  # the last may be cut off by the end
+    for rows in parts:  # the last may be cut off
         last_obs, terminated = next_obs[rows[-1]], bool(terminals[rows[-1]])
         if next_obs is obs and not terminated:
             rows = rows[:-1]
@@ -911,7 +911,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it
     try:
         args = tyro.cli(Args)
-        if args.evaluate or args.resume:  # what is typed counts, the rest comes from the file
+        if args.evaluate or args.resume:  # what is typed counts
             saved, _ = read_file(args.evaluate or args.resume / "checkpoint.pt")
             if args.evaluate:
                 saved = replace(saved, tensorboard=False, track=False, capture_video=False)
