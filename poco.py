@@ -769,8 +769,7 @@ def mixed_precision(args, device):
 
 
 def start_process(args):
-    """Readies torch and the ranks of torchrun. Returns: the device."""
-    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+    """Connects the ranks of torchrun. Returns: the device."""
     cuda = args.device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -835,6 +834,7 @@ def main():
                 saved = replace(saved, tensorboard=False, track=False, capture_video=False)
             args = tyro.cli(Args, default=saved)
         check(args)
+        torch.set_num_threads(args.torch_threads or torch.get_num_threads())
         if not args.evaluate:
             return train(args)
         _, policy, critic = load_policy(args.evaluate, args)
