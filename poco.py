@@ -55,7 +55,7 @@ class Args:
     compile: bool = False  # torch.compile for the updates; on CUDA with CUDA graphs
     tensorboard: bool = False  # log to TensorBoard too
     track: bool = False  # log to Weights & Biases too
-    log_interval: int = 500  # environment steps between rows of metrics.csv
+    log_interval: int = 500  # steps between rows of metrics.csv
     resume: Path | None = None  # go on with the run in this folder; what is typed beside it counts
     # task and data
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
@@ -77,10 +77,10 @@ class Args:
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     num_envs: int = 4  # environments stepped side by side
-    buffer_size: int = 1_000_000  # environment steps in the replay buffer
-    critic_warmup_steps: int = 2_000  # environment steps in which the critics learn alone
-    utd_ratio: float = 0.5  # gradient updates per environment step
-    gamma: float = 0.98  # discount per environment step
+    buffer_size: int = 1_000_000  # steps in the replay buffer
+    critic_warmup_steps: int = 2_000  # steps in which the critics learn alone
+    utd_ratio: float = 0.5  # gradient updates per step
+    gamma: float = 0.98  # discount per step
     tau: float = 0.005  # Polyak rate of the target critics
     q_aggregation: Literal["mean", "min"] = "mean"  # how the critics' values become one
     best_of_n: int = 1  # act with the best of n candidates by the target critics
@@ -91,7 +91,7 @@ class Args:
     posterior_coef: float = 1.0  # beta, weight of the posterior term
     clip_threshold: float = 0.6  # zeta, clip of a candidate's flow-matching loss
     # evaluation
-    eval_interval: int = 2_500  # environment steps between evaluations, with checkpoints
+    eval_interval: int = 2_500  # steps between evaluations, with checkpoints
     eval_episodes: int = 100  # episodes of an evaluation
     evaluate: Path | None = None  # evaluate this policy file instead of training
     render: bool = False  # show the evaluations' first environment in a window
@@ -147,8 +147,7 @@ class FlowPolicy(nn.Module):
         """K Euler steps from noise x_0 (B, D). Args: obs (B, O). Returns: chunks (B, D) in [-1, 1]."""
         x = torch.randn(len(obs), self.chunk_dim, device=obs.device) if noise is None else noise
         for k in range(self.flow_steps):
-            t = torch.full_like(x[:, :1], k / self.flow_steps)
-            x = x + self.velocity(obs, x, t) / self.flow_steps
+            x = x + self.velocity(obs, x, torch.full_like(x[:, :1], k / self.flow_steps)) / self.flow_steps
         return x.clamp(-1, 1)
 
 
@@ -198,10 +197,9 @@ def td_target(reward, next_q, terminated, gamma, chunk_size):
     return reward + gamma**chunk_size * (1 - terminated) * next_q
 
 
-def critic_loss(q, target, valid):
-    """Squared TD error over whole windows, as no other was executed. q (M, B), target (B,), valid (B, T)."""
-    whole = valid[:, -1]
-    return ((q - target) ** 2 * whole).sum() / (len(q) * whole.sum().clamp(min=1))
+def critic_loss(q, target, known):
+    """Squared TD error where the target is known. Args: q (M, B), target (B,), known (B,)."""
+    return ((q - target) ** 2 * known).sum() / (len(q) * known.sum().clamp(min=1))
 
 
 def posterior_weights(q, temperature):
@@ -232,9 +230,12 @@ def update_critic(policy, critic, target_critic, optimizer, batch, args):
     with torch.no_grad(), mixed_precision(args, batch.obs.device):
         next_q = aggregate(target_critic(batch.next_obs, policy.sample(batch.next_obs)), args.q_aggregation)
         target = td_target(batch.reward, next_q, batch.terminated, args.gamma, args.chunk_size)
+    executed = batch.valid.repeat_interleave(batch.chunk.shape[1] // args.chunk_size, dim=1) > 0
+    chunk = torch.where(executed, batch.chunk, batch.chunk.roll(1, 0))  # filled from another one
     with mixed_precision(args, batch.obs.device):
-        q = critic(batch.obs, batch.chunk)  # (M, B)
-    loss = critic_loss(q, target, batch.valid)
+        q = critic(batch.obs, chunk)  # (M, B)
+    # exact where termination cut a window short, unknown where a time limit did
+    loss = critic_loss(q, target, torch.maximum(batch.valid[:, -1], batch.terminated))
     norm, values = gradient_step(optimizer, loss), q.detach().mean()
     with torch.no_grad():
         torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
@@ -267,8 +268,7 @@ def update_policy(policy, target_critic, optimizer, batch, args):
 @torch.no_grad()
 def choose_chunks(policy, critic, best_of_n, obs):
     """Samples n chunks for each observation (E, O) and takes the best by the critics. Returns: (E, D)."""
-    obs = torch.as_tensor(obs, dtype=torch.float32, device=policy.normalize.mean.device)
-    obs = obs.repeat_interleave(best_of_n, dim=0)
+    obs = torch.as_tensor(obs.repeat(best_of_n, 0), dtype=torch.float32, device=policy.normalize.mean.device)
     chunks = policy.sample(obs)
     best = critic(obs, chunks).mean(0).view(-1, best_of_n).argmax(1, keepdim=True)  # (E, 1)
     return chunks.view(len(best), best_of_n, -1).take_along_dim(best[..., None], dim=1)[:, 0].cpu().numpy()
@@ -327,11 +327,11 @@ def train(args):
 # Replay buffer
 class Trajectory(NamedTuple):
     """One episode of n steps, of an environment or a file."""
-    obs: np.ndarray  # (n + 1, O), the last one is where the episode ended
+    obs: np.ndarray  # (n + 1, O), with that at the end
     actions: np.ndarray  # (n, A) in [-1, 1]
     rewards: np.ndarray  # (n,)
     terminated: bool  # False: cut off by the time limit
-    success: float  # 1 or 0, NaN if the environment does not report it
+    success: float  # 1 or 0, NaN if not reported
     seed: int = 0  # of the reset that began it
 
 
@@ -341,8 +341,8 @@ class Batch(NamedTuple):
     chunk: Tensor  # (B, D), zero where not valid
     reward: Tensor  # (B,) reward_scale * sum_i gamma^i r_{t+i} over the valid steps
     next_obs: Tensor  # (B, O) after the last valid step
-    terminated: Tensor  # (B,) 1 if that step terminated the episode
-    valid: Tensor  # (B, T) 1 up to the end of the episode, 0 after it
+    terminated: Tensor  # (B,) 1 if that step terminated
+    valid: Tensor  # (B, T) 1 up to the episode's end
 
 
 class ReplayBuffer:
@@ -350,7 +350,7 @@ class ReplayBuffer:
     def __init__(self, capacity, obs_dim, action_dim, chunk_size, gamma, device="cpu"):
         self.capacity, self.chunk_size, self.gamma = capacity, chunk_size, gamma
         self.widths = [obs_dim, obs_dim, action_dim, 1, 1, 1]  # ..., reward, terminated, steps left
-        steps = np.zeros((capacity, sum(self.widths)), np.float32)  # takes no memory until written to
+        steps = np.zeros((capacity, sum(self.widths)), np.float32)  # no memory until written to
         self.steps = torch.from_numpy(steps).to(device)
         self.position, self.size, self.reward_scale = 0, 0, 1.0
 
@@ -366,7 +366,7 @@ class ReplayBuffer:
         self.size = min(self.size + len(rows), self.capacity)
 
     def sample(self, batch_size):
-        """Windows whose first steps are uniform over the buffer."""
+        """Windows with uniform first steps."""
         start = torch.randint(self.size, (batch_size,), device=self.steps.device)
         i = torch.arange(self.chunk_size, device=start.device)
         steps = self.steps[(start[:, None] + i) % self.capacity]  # (B, T, width)
@@ -397,7 +397,7 @@ def fit_scales(networks, buffer, data, args):
 # Environments
 class Environment:
     """An environment with flat observations (O,) and actions (A,) in [-1, 1], and its episode so far."""
-    reporting = set()  # those seen to report success: from then on, a missing key means 0
+    reporting = set()  # seen to report success: there a missing key means 0
 
     def __init__(self, args, render_mode=None, videos=None):
         self.name, self.any, self.steps = args.env_id, args.success_at == "any", []
@@ -545,7 +545,7 @@ def fetch_push(obs):
     to_goal, rel = (obs[3:6] - obs[9:12]) * [1, 1, 0], -obs[12:15]  # from object to goal, to gripper
     distance = np.linalg.norm(to_goal)
     if distance < 0.03:
-        return go(np.array([0, 0, 0.25 - rel[2]]))  # well out of the object's way
+        return go(np.array([0, 0, 0.25 - rel[2]]))  # out of its way
     line = to_goal / distance
     along = rel @ line
     wrong = max(np.linalg.norm((rel - along * line)[:2]) - 0.01, 0) + max(along + 0.04, 0)  # beside, ahead
@@ -557,7 +557,7 @@ def fetch_push(obs):
 def fetch_pick_and_place(obs):
     """Hovers over the object, descends, grasps it, carries it to the goal."""
     to_goal, rel, width = obs[3:6] - obs[9:12], obs[12:15], obs[15] + obs[16]  # rel: from gripper to object
-    if np.linalg.norm(rel) < 0.04:  # between the fingers: close them, and once they hold it, carry
+    if np.linalg.norm(rel) < 0.04:  # between the fingers: close them, then carry
         return go(to_goal if width < 0.055 else rel, -1)
     hover = np.clip(4 * np.linalg.norm(rel[:2]) - 0.04, 0, 0.08)  # descend only when above it
     return go(rel + [0, 0, hover], 1)

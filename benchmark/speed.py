@@ -266,8 +266,10 @@ class Peer:
         return (error * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
 
     def critic_loss(self, params, batch, target):
-        whole, q = batch.valid[:, -1], self.q(params, batch.obs, batch.chunk)
-        return ((q - target) ** 2 * whole).sum() / (len(q) * jnp.maximum(whole.sum(), 1))
+        executed = jnp.repeat(batch.valid, batch.chunk.shape[1] // batch.valid.shape[1], axis=1) > 0
+        known = jnp.maximum(batch.valid[:, -1], batch.terminated)
+        q = self.q(params, batch.obs, jnp.where(executed, batch.chunk, jnp.roll(batch.chunk, 1, axis=0)))
+        return ((q - target) ** 2 * known).sum() / (len(q) * jnp.maximum(known.sum(), 1))
 
     def gradient_step(self, state, name, loss, *inputs):
         value, gradient = jax.value_and_grad(loss)(state[name], *inputs)
