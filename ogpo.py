@@ -11,7 +11,6 @@ O observation, A action, T chunk_size, D = T * A, K flow_steps, G chains, M crit
 import atexit
 import contextlib
 import copy
-import csv
 import importlib.util
 import io
 import itertools
@@ -478,7 +477,7 @@ def fit_scales(networks, buffer, data, args):
 
 # Environments
 class Environment:
-    """An environment with flat observations (O,) and actions (A,) in [-1, 1], and its episode so far."""
+    """An environment with flat observations (O,) and actions (A,) in [-1, 1], with its episode."""
     reporting = set()  # seen to report success: there a missing key means 0
 
     def __init__(self, args, render_mode=None, videos=None):
@@ -504,7 +503,7 @@ class Environment:
             self.obs = gym.spaces.flatten(self.space, self.env.reset(seed=seed)[0])
 
     def step(self):
-        """Takes the next action of the chunk. Returns: the episode, if it has ended."""
+        """Takes the chunk's next action. Returns: the episode, if it has ended."""
         action = self.chunk.pop(0)
         with explained(f"{self.name} failed in step"):
             obs, reward, terminated, truncated, info = self.env.step(self.to_own_range(action))
@@ -560,13 +559,13 @@ def start_rollout(policy, critic, args, run):
 
 
 def collect_episodes(args, act, seeds, *show):
-    """Returns: one episode a seed, so that long ones count as often as short ones."""
+    """One episode a seed, so that long ones count as often as short ones."""
     envs = [Environment(args, *show)] + [Environment(args) for _ in seeds[1 : args.num_envs]]
     running, episodes = rollout(envs, act, itertools.count(seeds.start)), {}
     for ended in tqdm(running, leave=False, disable=RANK > 0):
         episodes |= {episode.seed: episode for episode in ended if episode.seed in seeds}
         if len(episodes) == len(seeds):
-            envs[0].env.close()  # its window or last video
+            envs[0].env.close()  # window or last video
             return [episodes[seed] for seed in seeds]
 
 
@@ -712,7 +711,7 @@ def read_minari(dataset, space):
 
 # Run folder
 class Run:
-    """A run's progress and its folder: metrics.csv, policy.pt and checkpoint.pt, which has it all."""
+    """A run's progress and its folder: metrics.csv, policy.pt and checkpoint.pt, with all."""
     def __init__(self, args, learner):
         """With --resume, loads the checkpoint into learner, parts with a state dict."""
         name = f"{args.env_id}__{METHOD}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -730,7 +729,7 @@ class Run:
             self.start_time -= self.rows[-1]["seconds"] if self.rows else 0
 
     def start(self):
-        """Makes the folder with a first checkpoint, and opens the trackers."""
+        """Makes the folder, a first checkpoint and the trackers."""
         args, folder, name = self.args, self.folder, self.folder.name
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -758,7 +757,7 @@ class Run:
         return self.step % interval < self.args.num_envs * NUM_RANKS or self.step >= self.args.total_timesteps
 
     def record(self, values):
-        for name, value in values.items():  # on the device: .item() would wait for it
+        for name, value in values.items():  # .item() would wait for the device
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] += 1
 
@@ -770,17 +769,17 @@ class Run:
         self.rows, self.sums, self.counts = [*self.rows, row], {}, Counter()
         self.bar.update(self.step - self.bar.n)
         if RANK == 0:
-            table, columns = io.StringIO(), list(dict.fromkeys(itertools.chain(*self.rows)))
-            lines = [columns] + [[row.get(column) for column in columns] for row in self.rows]
-            csv.writer(table, lineterminator="\n").writerows(lines)
-            write_file(self.folder / "metrics.csv", table.getvalue().encode())
+            columns = list(dict.fromkeys(itertools.chain(*self.rows)))
+            lines = [columns] + [[row.get(column, "") for column in columns] for row in self.rows]
+            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+            write_file(self.folder / "metrics.csv", text.encode())
             if self.args.tensorboard:
                 for name, value in means.items():
                     self.writer.add_scalar(name, value, self.step)
                 self.writer.flush()
             if self.args.track:
                 self.wandb.log(means, step=self.step)
-        for name, value in means.items():  # gradient_step has kept it from the weights
+        for name, value in means.items():  # gradient_step kept it from the weights
             require(math.isfinite(value) or "losses/" not in name, f"{name} became NaN or infinite")
 
     def evaluate_and_save(self):
@@ -889,7 +888,7 @@ def explained(what):
 
 
 def check(args):
-    """Raises: UserError for arguments that no run can work with."""
+    """Raises: UserError for arguments no run can work with."""
     packages = {"tensorboard": "tensorboard", "track": "wandb", "capture_video": "moviepy"}
     for name, value in vars(args).items():
         option, least, most = f"--{name.replace('_', '-')}", LEAST.get(name, 1e-9), MOST.get(name, 2**31 - 1)
@@ -899,14 +898,15 @@ def check(args):
             require(importlib.util.find_spec(packages[name]), f"{option} needs pip install {packages[name]}.")
     require(args.batch_size <= args.buffer_size, "--buffer-size is below --batch-size.")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda is not here: --device cpu is.")
+    require(not args.render or os.environ.get("DISPLAY") or sys.platform != "linux", "--render: no DISPLAY.")
     require(args.dataset != "none" or not args.save_dataset, "--save-dataset needs a --dataset.")
-    if not args.evaluate:  # after each evaluation, environments begin anew
+    if not args.evaluate:  # environments begin anew then
         longest = (Environment(args).env.spec.max_episode_steps or 1) * args.num_envs * NUM_RANKS
         require(args.eval_interval >= longest, f"--eval-interval is below an episode's {longest} steps.")
 
 
 def main():
-    """Evaluates or trains; what is expected to go wrong ends in one sentence."""
+    """Evaluates or trains; what is expected to go wrong ends in a sentence."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it
     try:
         args = tyro.cli(Args)

@@ -789,6 +789,8 @@ BAD_INPUT = {
     "ogpo --success-coef -1": "--success-coef", "ogpo --next-reduction max": "median",
     "ogpo --posterior-coef 1": "posterior-coef",
 }  # fmt: skip
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    BAD_INPUT["--render"] = "no DISPLAY"
 if not torch.cuda.is_available():
     BAD_INPUT["--device cuda"] = "--device cpu"
 
