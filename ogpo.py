@@ -293,7 +293,7 @@ def update_critic(policy, critic, target_critic, optimizer, batch, args):
         next_q = reduce_next_q(next_q.view(-1, args.next_samples), args.next_reduction)
         target = td_target(batch.reward, next_q, batch.terminated, args.gamma, args.chunk_size)
     executed = batch.valid.repeat_interleave(batch.chunk.shape[1] // args.chunk_size, dim=1) > 0
-    chunk = torch.where(executed, batch.chunk, batch.chunk.roll(1, 0))  # filled from another one
+    chunk = torch.where(executed, batch.chunk, batch.chunk.roll(1, 0))  # filled from other windows
     with mixed_precision(args, batch.obs.device):
         q = critic(batch.obs, chunk)  # (M, B)
     # exact where termination cut a window short, unknown where a time limit did
