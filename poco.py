@@ -301,7 +301,7 @@ def train(args):
             run.record({"losses/bc_loss": loss.detach(), "losses/actor_grad_norm": grad_norm})
         run.evaluate_and_save()
 
-    # online: act, learn the values of chunks, improve the policy
+    # online: act, learn the values, improve the policy
     episodes = start_rollout(policy, target_critic, args, run)
     while run.step < args.total_timesteps:
         for episode in next(episodes):
@@ -399,7 +399,7 @@ class Environment:
     reporting = set()  # seen to report success: there a missing key means 0
 
     def __init__(self, args, render_mode=None, videos=None):
-        self.name, self.any, self.steps = args.env_id, args.success_at == "any", []
+        self.name, self.at_any, self.steps = args.env_id, args.success_at == "any", []
         with explained(f"{self.name} cannot be used"):
             self.env = gym.make(self.name, render_mode=render_mode, disable_env_checker=True)
             self.space, self.box, spec = self.env.observation_space, self.env.action_space, self.env.spec
@@ -433,7 +433,7 @@ class Environment:
         if success is not None:
             self.reporting.add(self.name)
         success = float(success or 0) if self.name in self.reporting else math.nan
-        self.success = float(np.fmax(self.success, success)) if self.any else success
+        self.success = float(np.fmax(self.success, success)) if self.at_any else success
         if terminated or truncated:
             obs, actions, rewards = zip(*self.steps, strict=True)
             self.steps, data = [], (np.array([*obs, self.obs]), np.array(actions), np.array(rewards))
@@ -514,8 +514,8 @@ def load_demonstrations(args):
     print(f"demonstrations: {len(episodes)} episodes, success {np.mean([e.success for e in episodes]):.2f}")
     if args.save_dataset and RANK == 0:
         data, own = io.BytesIO(), Environment(args).to_own_range
-        own = [e._replace(actions=np.array([own(action).ravel() for action in e.actions])) for e in episodes]
-        np.savez_compressed(data, **to_columns(own))
+        raw = [e._replace(actions=np.array([own(action).ravel() for action in e.actions])) for e in episodes]
+        np.savez_compressed(data, **to_columns(raw))
         write_file(args.save_dataset.with_suffix(".npz"), data.getbuffer())
     return episodes[RANK::NUM_RANKS]
 
@@ -629,7 +629,7 @@ def read_minari(dataset, space):
 
 # Run folder
 class Run:
-    """A run's progress and its folder: metrics.csv, policy.pt and checkpoint.pt, with all."""
+    """A run's progress and folder: metrics.csv, policy.pt and checkpoint.pt, which has all."""
     def __init__(self, args, learner):
         """With --resume, loads the checkpoint into learner, parts with a state dict."""
         name = f"{args.env_id}__{METHOD}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
