@@ -20,9 +20,8 @@ import signal
 import sys
 import time
 import zipfile
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,11 +36,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 METHOD = "ogpo"
-LEAST = {"seed": 0, "demo_noise": 0, "critic_warmup_steps": 0, "utd_ratio": 0,
+LEAST = {"seed": 0, "demo_noise": 0, "critic_warmup": 0, "utd_ratio": 0,
          "success_coef": 0, "chi2_coef": 0, "group_size": 2}
 MOST = {"gamma": 1, "tau": 1, "hidden_dim": 2**14, "policy_tau": 1, "chi2_tau": 1}
 RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 CPU_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
+progress = partial(tqdm, leave=False, disable=RANK > 0)
 gym.register_envs(gymnasium_robotics)
 
 
@@ -49,41 +49,40 @@ gym.register_envs(gymnasium_robotics)
 class Args:
     # run
     seed: int = 1  # seed of everything random
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    torch_threads: int | None = None  # threads on the CPU (default: torch's choice)
-    bf16: bool = True  # matrix products in bfloat16, where the hardware has it
-    compile: bool = False  # torch.compile for the updates; on CUDA with CUDA graphs
+    torch_threads: int | None = None  # CPU threads (default: torch's choice)
+    bf16: bool = True  # bfloat16, where the hardware has it
+    compile: bool = False  # torch.compile the updates
     tensorboard: bool = False  # log to TensorBoard too
     track: bool = False  # log to Weights & Biases too
     log_interval: int = 500  # steps between rows of metrics.csv
-    resume: Path | None = None  # go on with the run in this folder; what is typed beside it counts
+    resume: Path | None = None  # go on with the run in this folder
+    policy: str | None = None  # begin with this policy file, of either script, not with cloning
     # task and data
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
-    dataset: str = "scripted"  # scripted (built-in controllers), none, file.npz or a Minari id
+    dataset: str = "scripted"  # scripted, none, file.npz or a Minari id
     save_dataset: Path | None = None  # write the demonstrations to this .npz file
-    num_demos: int = 100  # scripted demonstration episodes
-    demo_noise: float = 0.4  # standard deviation of the noise on the controller's actions
+    num_demos: int = 300  # scripted demonstration episodes
+    demo_noise: float = 0.4  # standard deviation of the noise on their actions
     success_at: Literal["end", "any"] = "end"  # an episode succeeds by its last step, or by any
-    reward_scale: float | None = None  # of the critics' rewards (default: 1 / the largest in the data)
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
     chunk_size: int = 5  # T, actions in one chunk, executed open loop
     flow_steps: int = 5  # K, Euler steps from noise to chunk
     num_critics: int = 5  # M, members of the critic ensemble
     # offline phase
-    bc_steps: int = 700  # gradient steps of behaviour cloning
+    bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for policy and critics
+    critic_warmup: int = 3_000  # updates of the critics before the policy's first
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     num_envs: int = 4  # environments stepped side by side
     buffer_size: int = 1_000_000  # steps in the replay buffer
-    critic_warmup_steps: int = 4_000  # steps in which the critics learn alone
-    utd_ratio: float = 0.25  # gradient updates per step
+    utd_ratio: float = 0.5  # gradient updates per step
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
     q_aggregation: Literal["mean", "min"] = "mean"  # how the critics' values become one
-    best_of_n: int = 4  # act with the best of n candidates by the target critics
+    best_of_n: int = 8  # act with the best of n candidates by the target critics
     # OGPO
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # states of the batch that get a group of chains
@@ -102,24 +101,27 @@ class Args:
     eval_interval: int = 2_500  # steps between evaluations, with checkpoints
     eval_episodes: int = 100  # episodes of an evaluation
     evaluate: Path | None = None  # evaluate this policy file instead of training
-    render: bool = False  # show the evaluations' first environment in a window
-    capture_video: bool = False  # record three episodes at every evaluation as MP4
+    render: bool = False  # show evaluations in a window
+    capture_video: bool = False  # record evaluations as MP4
 
 
 # Networks
 class Normalizer(nn.Module):
-    """Shifts and scales observations by statistics that travel in the state dict."""
+    """Shifts and scales observations. Its statistics, with that of rewards, travel in the state dict."""
     def __init__(self, obs_dim):
         super().__init__()
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
+        self.register_buffer("reward_scale", torch.ones(()))
 
-    def fit(self, obs):
-        """Takes the statistics of obs (n, O) on all ranks; a feature that is constant is only shifted."""
-        std, mean = torch.std_mean(obs, dim=0, correction=0)
-        (self.mean,) = average_over_ranks([mean.clone()])
-        (variance,) = average_over_ranks([std**2 + (mean - self.mean) ** 2])
-        self.std = torch.where(variance < 1e-8, 1.0, variance.sqrt())
+    def fit(self, buffer):
+        """Takes a buffer's statistics on all ranks. Constants are only shifted; the largest |reward| is 1."""
+        obs, _, _, rewards, _, _ = buffer.steps[: buffer.size].double().split(buffer.widths, dim=1)
+        moments = [obs.mean(0), obs.square().mean(0), rewards.abs().max()]
+        mean, square, largest = average_over_ranks(moments)
+        std = (square - mean**2).clamp(min=0).sqrt()
+        self.mean, self.std = mean.float(), torch.where(std < 1e-4, 1.0, std).float()
+        self.reward_scale = torch.where(largest > 0, 1 / largest, 1.0).float()
 
     def forward(self, obs):
         return ((obs - self.mean) / self.std).clamp(-10, 10)
@@ -146,10 +148,9 @@ class FlowPolicy(nn.Module):
         t = torch.rand_like(chunk[:, :1]) if time is None else time
         x_t = (1 - t) * x_0 + t * chunk
         error = (self.velocity(obs, x_t, t) - (chunk - x_0)) ** 2  # (B, D)
-        if valid is None:
-            return error.mean(1)
+        valid = torch.ones_like(t) if valid is None else valid
         mask = valid.repeat_interleave(chunk.shape[1] // valid.shape[1], dim=1)  # (B, D)
-        return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return (error * mask).sum(1) / mask.sum(1)
 
     def sample(self, obs, noise=None):
         """K Euler steps from noise x_0 (B, D). Args: obs (B, O). Returns: chunks (B, D) in [-1, 1]."""
@@ -164,8 +165,8 @@ class EnsembleLinear(nn.Module):
     def __init__(self, num_critics, in_dim, out_dim):
         super().__init__()
         bound = in_dim**-0.5
-        self.weight = nn.Parameter(torch.empty(num_critics, in_dim, out_dim).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(num_critics, 1, out_dim).uniform_(-bound, bound))
+        weight, bias = (torch.empty(num_critics, n, out_dim).uniform_(-bound, bound) for n in (in_dim, 1))
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x, self.weight)  # (M, B, in) -> (M, B, out)
@@ -186,8 +187,7 @@ class CriticEnsemble(nn.Module):
         x = torch.cat([self.normalize(obs), chunk], dim=1)
         return in_blocks(self.value, x.expand(self.num_critics, -1, -1)).squeeze(2)
 
-    def value(self, x):
-        """Args: inputs of the networks (M, B, O + D). Returns: (M, B, 1)."""
+    def value(self, x):  # (M, B, O + D) -> (M, B, 1)
         hidden = self.net(x)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot tell -20.0 from -20.06
             return self.head(hidden.float())
@@ -206,7 +206,8 @@ def td_target(reward, next_q, terminated, gamma, chunk_size):
 
 
 def critic_loss(q, target, known):
-    """Squared TD error where the target is known. Args: q (M, B), target (B,), known (B,)."""
+    """Squared TD error where the target is known: not in a window that a time limit cut short.
+    Args: q (M, B), target (B,), known (B,), 1 or 0. Returns: a scalar."""
     return ((q - target) ** 2 * known).sum() / (len(q) * known.sum().clamp(min=1))
 
 
@@ -291,12 +292,10 @@ def update_critic(policy, critic, target_critic, optimizer, batch, args):
         next_obs = batch.next_obs.repeat_interleave(args.next_samples, dim=0)
         next_q = aggregate(target_critic(next_obs, policy.sample(next_obs)), args.q_aggregation)
         next_q = reduce_next_q(next_q.view(-1, args.next_samples), args.next_reduction)
-        target = td_target(batch.reward, next_q, batch.terminated, args.gamma, args.chunk_size)
-    executed = batch.valid.repeat_interleave(batch.chunk.shape[1] // args.chunk_size, dim=1) > 0
-    chunk = torch.where(executed, batch.chunk, batch.chunk.roll(1, 0))  # filled from other windows
+        reward = critic.normalize.reward_scale * batch.reward
+        target = td_target(reward, next_q, batch.terminated, args.gamma, args.chunk_size)
     with mixed_precision(args, batch.obs.device):
-        q = critic(batch.obs, chunk)  # (M, B)
-    # exact where termination cut a window short, unknown where a time limit did
+        q = critic(batch.obs, batch.chunk)  # (M, B)
     loss = critic_loss(q, target, torch.maximum(batch.valid[:, -1], batch.terminated))
     norm, values = gradient_step(optimizer, loss), q.detach().mean()
     with torch.no_grad():
@@ -318,9 +317,10 @@ def update_policy(policy, old_policy, slow_policy, target_critic, optimizer, bat
                 ratio = (log_prob - chain_log_prob(slow_policy, obs, chain, args.sigma)).exp().view(-1, n)
                 penalised = chi2_penalised_q(q, ratio, args.chi2_coef, args.chi2_sharpness)
                 q = q + penalised - q.mean(0)  # members stay apart
-        advantage = group_advantage(q, args.conservative)
+        spread = q.mean(0).std(1, correction=0).mean()  # makes epsilon and rates free of the rewards' scale
+        advantage = group_advantage(q, args.conservative) / spread.clamp(min=1e-12)
         loss, metrics = ppo_loss(log_prob, old_log_prob, advantage.flatten(), args.clip_epsilon)
-        if args.success_coef:
+        if args.success_coef and success:
             bc_loss = policy.bc_loss(success.obs, success.chunk, success.valid).mean()
             loss, metrics["losses/bc_loss"] = loss + args.success_coef * bc_loss, bc_loss.detach()
     metrics["losses/actor_grad_norm"] = gradient_step(optimizer, loss)
@@ -330,7 +330,7 @@ def update_policy(policy, old_policy, slow_policy, target_critic, optimizer, bat
     return metrics | {
         "losses/actor_loss": loss.detach(),
         "losses/zero_advantages": (advantage == 0).float().mean(),
-        "losses/group_q_std": q.mean(0).std(1, correction=0).mean(),
+        "losses/group_q_std": spread,
     }
 
 
@@ -345,7 +345,7 @@ def choose_chunks(policy, critic, best_of_n, obs):
 
 def train(args):
     """Clones demonstrations, then improves the policy online: act, learn, evaluate, save."""
-    device = start_process(args)
+    device = start_process()
     policy, critic, new_buffer = make_networks(args, device)
     old_policy, slow_policy = copy.deepcopy(policy), copy.deepcopy(policy)
     target_critic, buffer, success_buffer = copy.deepcopy(critic), new_buffer(), new_buffer()  # no experts
@@ -361,21 +361,26 @@ def train(args):
     compiled = partial(torch.compile, mode="reduce-overhead", disable=not args.compile)
     critic_step, policy_step = compiled(update_critic), compiled(update_policy)
 
-    # offline: clone the demonstrations
+    # offline: clone the demonstrations; then the critics learn the clone's values
     if not run.rows:
         demo_buffer = new_buffer()
         clone_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
         for episode in demos:
             demo_buffer.add_episode(episode)
-        if demos:
-            fit_scales(networks, buffer, demo_buffer, args)
-        for _ in tqdm(range(args.bc_steps if demos else 0), desc="cloning", leave=False, disable=RANK > 0):
+        if args.policy:
+            load_networks(args.policy, networks)
+        for network in networks.values() if demos and not args.policy else ():
+            network.normalize.fit(demo_buffer)
+        for _ in progress(range(args.bc_steps if demos and not args.policy else 0), "cloning"):
             batch = demo_buffer.sample(args.batch_size)
             loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
             grad_norm = gradient_step(clone_optimizer, loss)
             run.record({"losses/bc_loss": loss.detach(), "losses/actor_grad_norm": grad_norm})
         for network in (old_policy, slow_policy):
             network.load_state_dict(policy.state_dict())
+        for _ in progress(range(args.critic_warmup if demos else 0), "critics"):
+            batch = demo_buffer.sample(args.batch_size)
+            run.record(critic_step(policy, critic, target_critic, critic_optimizer, batch, args))
         run.evaluate_and_save()
 
     # online: act, learn the values, improve the policy
@@ -388,14 +393,15 @@ def train(args):
             run.record({"charts/success": episode.success, "charts/episodic_return": episode.rewards.sum()})
             run.record({"charts/episodic_length": len(episode.rewards)})
         updates = run.advance()
-        if updates and args.dataset == "none" and not critic_optimizer.state:  # before the first of all
-            fit_scales(networks, buffer, buffer, args)
+        if updates and args.dataset == "none" and not (args.policy or critic_optimizer.state):  # the first
+            for network in networks.values():
+                network.normalize.fit(buffer)
         for _ in range(updates):
-            batch = success = buffer.sample(args.batch_size)
+            batch = buffer.sample(args.batch_size)
             run.record(critic_step(policy, critic, target_critic, critic_optimizer, batch, args))
-            if run.step > args.critic_warmup_steps:
-                if success_buffer.size >= args.batch_size:
-                    success = success_buffer.sample(args.batch_size)
+            if run.step * args.utd_ratio > args.critic_warmup:
+                ready = success_buffer.size >= args.batch_size
+                success = success_buffer.sample(args.batch_size) if ready else None
                 policies = policy, old_policy, slow_policy
                 run.record(policy_step(*policies, target_critic, policy_optimizer, batch, success, args))
         if run.is_due(args.eval_interval):
@@ -419,8 +425,8 @@ class Trajectory(NamedTuple):
 class Batch(NamedTuple):
     """Windows of T steps, each within one episode."""
     obs: Tensor  # (B, O)
-    chunk: Tensor  # (B, D), zero where not valid
-    reward: Tensor  # (B,) reward_scale * sum_i gamma^i r_{t+i} over the valid steps
+    chunk: Tensor  # (B, D), another window's where not valid
+    reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
     next_obs: Tensor  # (B, O) after the last valid step
     terminated: Tensor  # (B,) 1 if that step terminated
     valid: Tensor  # (B, T) 1 up to the episode's end
@@ -431,9 +437,8 @@ class ReplayBuffer:
     def __init__(self, capacity, obs_dim, action_dim, chunk_size, gamma, device="cpu"):
         self.capacity, self.chunk_size, self.gamma = capacity, chunk_size, gamma
         self.widths = [obs_dim, obs_dim, action_dim, 1, 1, 1]  # ..., reward, terminated, steps left
-        steps = np.zeros((capacity, sum(self.widths)), np.float32)  # no memory until written to
-        self.steps = torch.from_numpy(steps).to(device)
-        self.position, self.size, self.reward_scale = 0, 0, 1.0
+        self.steps = torch.from_numpy(np.zeros((capacity, sum(self.widths)), np.float32)).to(device)  # lazy
+        self.position = self.size = 0
 
     def add_episode(self, episode):
         """Writes an episode, of a long one the end, over the oldest steps. Raises: UserError."""
@@ -454,25 +459,16 @@ class ReplayBuffer:
         obs, next_obs, actions, rewards, terminated, left = steps.split(self.widths, dim=2)
         valid = (i < left[:, 0]).float()  # (B, T)
         last = torch.arange(batch_size, device=start.device), valid.sum(1).long() - 1
-        chunk = (actions * valid[..., None]).flatten(1)
-        reward = (self.reward_scale * rewards[..., 0] * valid * self.gamma**i).sum(1)
+        chunk = torch.where(valid[..., None] > 0, actions, actions.roll(1, 0)).flatten(1)
+        reward = (rewards[..., 0] * valid * self.gamma**i).sum(1)
         return Batch(obs[:, 0], chunk, reward, next_obs[last], terminated[last][:, 0], valid)
 
     def state_dict(self):
-        return {"at": [self.position, self.size, self.reward_scale], "steps": self.steps[: self.size].clone()}
+        return {"at": [self.position, self.size], "steps": self.steps[: self.size].clone()}
 
     def load_state_dict(self, state):
-        self.position, self.size, self.reward_scale = state["at"]
+        self.position, self.size = state["at"]
         self.steps[: self.size] = state["steps"]
-
-
-def fit_scales(networks, buffer, data, args):
-    """Fits normalizers and reward scale to data: the critics' largest |reward| is 1, in every environment."""
-    obs, _, _, rewards, _, _ = data.steps[: data.size].split(data.widths, dim=1)
-    for network in networks.values():
-        network.normalize.fit(obs)
-    (largest,) = average_over_ranks([rewards.abs().max()])
-    buffer.reward_scale = args.reward_scale or 1 / (largest.item() or 1.0)
 
 
 # Environments
@@ -484,11 +480,11 @@ class Environment:
         self.name, self.at_any, self.steps = args.env_id, args.success_at == "any", []
         with explained(f"{self.name} cannot be used"):
             self.env = gym.make(self.name, render_mode=render_mode, disable_env_checker=True)
-            self.space, self.box, spec = self.env.observation_space, self.env.action_space, self.env.spec
+            self.space, self.box = self.env.observation_space, self.env.action_space
             bounded = isinstance(self.box, gym.spaces.Box) and self.box.is_bounded()
             require(bounded and self.box.dtype.kind == "f", f"actions must be a bounded Box, not {self.box}")
             self.obs_dim, self.action_dim = gym.spaces.flatdim(self.space), math.prod(self.box.shape)
-            self.limit = spec.max_episode_steps or 10_000
+            self.limit = self.env.spec.max_episode_steps or 10_000
             require(args.chunk_size <= self.limit, f"--chunk-size is above its {self.limit} steps")
         if videos:
             self.env = gym.wrappers.RecordVideo(self.env, str(videos), disable_logger=True)
@@ -534,8 +530,7 @@ def make_networks(args, device="cpu"):
 
 
 def rollout(envs, act, seeds):
-    """Steps environments side by side, chunks open loop, and yields the episodes that end in each step.
-    Args: act maps obs (E, O) to chunks (E, D); each reset takes the next of seeds."""
+    """Yields the episodes that end in each step of envs; act maps obs (E, O) to open-loop chunks (E, D)."""
     while True:
         for env in envs:
             if not env.steps:
@@ -550,7 +545,7 @@ def rollout(envs, act, seeds):
 
 
 def start_rollout(policy, critic, args, run):
-    """Begins environments and noise anew, by seed, rank and progress: a checkpoint holds neither."""
+    """Begins environments and noise anew, by seed, rank and progress: no checkpoint holds them."""
     for_torch, for_episodes = np.random.SeedSequence([args.seed, RANK, len(run.rows)]).generate_state(2)
     torch.manual_seed(int(for_torch))
     envs = [Environment(args) for _ in range(args.num_envs)]
@@ -560,9 +555,8 @@ def start_rollout(policy, critic, args, run):
 
 def collect_episodes(args, act, seeds, *show):
     """One episode a seed, so that long ones count as often as short ones."""
-    envs = [Environment(args, *show)] + [Environment(args) for _ in seeds[1 : args.num_envs]]
-    running, episodes = rollout(envs, act, itertools.count(seeds.start)), {}
-    for ended in tqdm(running, leave=False, disable=RANK > 0):
+    envs, episodes = [Environment(args, *show)] + [Environment(args) for _ in seeds[1 : args.num_envs]], {}
+    for ended in progress(rollout(envs, act, itertools.count(seeds.start))):
         episodes |= {episode.seed: episode for episode in ended if episode.seed in seeds}
         if len(episodes) == len(seeds):
             envs[0].env.close()  # window or last video
@@ -605,8 +599,7 @@ def load_demonstrations(args):
 def run_controller(args):
     """Episodes of the built-in controller, with Gaussian noise."""
     controller, rng = SCRIPTED.get(args.env_id.split("-")[0]), np.random.default_rng(args.seed)
-    hint = f"only {', '.join(SCRIPTED)} have a controller; type a file.npz, a Minari id or --dataset none"
-    require(controller, hint)
+    require(controller, f"only {', '.join(SCRIPTED)} have a controller; type a file.npz, a Minari id or none")
 
     def act(obs):
         actions = np.array([controller(o) for o in obs])
@@ -660,8 +653,7 @@ def to_columns(episodes):
 
 
 def read_dataset(args):
-    """Returns: the episodes that last a chunk. Without next_observations, the row at a time limit or at the
-    end only shows where its episode ended."""
+    """Returns: the episodes that last a chunk. Without next_observations, the last row only shows an end."""
     env = Environment(args)
     if args.dataset.endswith(".npz"):
         with np.load(args.dataset, allow_pickle=False) as file:  # objects could run code
@@ -681,7 +673,7 @@ def read_dataset(args):
     require(len(ends), "terminals and timeouts mark no end")
     low, high = env.box.low.flatten(), env.box.high.flatten()
     outside = np.maximum(low - actions, actions - high).max()
-    require(not outside > 1e-4, f"actions lie outside the action space, by up to {outside:.3g}")
+    require(outside < 1e-4, f"actions lie outside the action space, by up to {outside:.3g}")
     actions = np.clip((actions - low) / np.where(high > low, high - low, 1) * 2 - 1, -1, 1)
     next_obs, success = data.get("next_observations", obs), data.get("success", np.full((n, 1), math.nan))
     parts, episodes = [rows for rows in np.split(np.arange(n), ends + 1) if len(rows)], []
@@ -714,15 +706,15 @@ class Run:
     """A run's progress and folder: metrics.csv, policy.pt and checkpoint.pt, which has all."""
     def __init__(self, args, learner):
         """With --resume, loads the checkpoint into learner, parts with a state dict."""
-        name = f"{args.env_id}__{METHOD}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        name = f"{args.env_id}__{METHOD}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self.folder = args.resume or Path("runs") / name.replace("/", "-").replace(":", "-")
         launcher = "python" if NUM_RANKS == 1 else f"torchrun --nproc-per-node={NUM_RANKS}"
         self.command = f"{launcher} {METHOD}.py --resume {self.folder}"
         self.args, self.learner, self.step, self.rows = args, learner, 0, []
-        self.sums, self.counts, self.start_time = {}, Counter(), time.time()
+        self.values, self.start_time = defaultdict(list), time.time()
         if args.resume:
             ranks, self.step, self.rows, command = read_file(self.folder / "checkpoint.pt")[1]["run"]
-            require(len(ranks) == NUM_RANKS, f"{self.folder} is of {len(ranks)} processes: {command}")
+            require(command.startswith(f"{launcher} {METHOD}.py "), f"this run goes on by {command}")
             with explained(f"{self.folder} does not fit these arguments"):
                 for name, part in learner.items():
                     part.load_state_dict(ranks[RANK][name])
@@ -730,19 +722,18 @@ class Run:
 
     def start(self):
         """Makes the folder, a first checkpoint and the trackers."""
-        args, folder, name = self.args, self.folder, self.folder.name
+        args, folder = self.args, self.folder
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            hint = f"to go on: {self.command}\nto evaluate: python {METHOD}.py --evaluate {folder}/policy.pt"
-            print(hint)
-            atexit.register(print, hint)
+            command = f"python {METHOD}.py --evaluate {folder}/policy.pt"
+            atexit.register(print, f"to go on: {self.command}\nto evaluate: {command}")
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(str(folder))
             if args.track:
                 import wandb
-                self.wandb = wandb.init(name=name, id=name, resume="allow", config=asdict(args), dir=folder)
-        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", disable=RANK > 0)
+                self.wandb = wandb.init(id=folder.name, resume="allow", config=asdict(args), dir=folder)
+        self.bar = progress(total=args.total_timesteps, initial=self.step, unit="step", leave=True)
         self.save_checkpoint()
 
     def advance(self):
@@ -753,20 +744,18 @@ class Run:
         return int(self.step * ratio) - int(before * ratio) if average_over_ranks([ready])[0] == 1 else 0
 
     def is_due(self, interval):
-        """Whether this step has reached a multiple of interval, or the end."""
         return self.step % interval < self.args.num_envs * NUM_RANKS or self.step >= self.args.total_timesteps
 
     def record(self, values):
-        for name, value in values.items():  # .item() would wait for the device
-            self.sums[name] = self.sums.get(name, 0) + value
-            self.counts[name] += 1
+        for name, value in values.items():
+            self.values[name].append(value)  # .item() would wait for the device
 
     def write_row(self):
         """Adds a row of means to metrics.csv. Raises: UserError if a loss was not finite."""
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        means = {name: float(sum(values)) / len(values) for name, values in self.values.items()}
         means["charts/buffer_size"] = self.learner["buffer"].size
         row = {"global_step": self.step, "seconds": round(time.time() - self.start_time, 1)} | means
-        self.rows, self.sums, self.counts = [*self.rows, row], {}, Counter()
+        self.rows, self.values = [*self.rows, row], defaultdict(list)
         self.bar.update(self.step - self.bar.n)
         if RANK == 0:
             columns = list(dict.fromkeys(itertools.chain(*self.rows)))
@@ -776,7 +765,6 @@ class Run:
             if self.args.tensorboard:
                 for name, value in means.items():
                     self.writer.add_scalar(name, value, self.step)
-                self.writer.flush()
             if self.args.track:
                 self.wandb.log(means, step=self.step)
         for name, value in means.items():  # gradient_step kept it from the weights
@@ -788,7 +776,8 @@ class Run:
         n, videos = self.args.best_of_n if self.step else 1, self.folder / f"videos/step {self.step}"
         self.record(evaluate(policy, critic, self.args, n, videos))
         self.write_row()
-        save_file(self, "policy.pt", {"policy": policy.state_dict(), "critic": critic.state_dict()})
+        for name in ("policy.pt",) if self.step else ("policy.pt", "clone.pt"):
+            save_file(self, name, {"policy": policy.state_dict(), "critic": critic.state_dict()})
         self.save_checkpoint()
 
     def save_checkpoint(self):
@@ -809,8 +798,8 @@ def write_file(path, data):
 
 
 def save_file(run, name, content):
-    """On rank 0, writes content beside the arguments, less those of this machine and this command."""
-    args, data = replace(run.args, device="auto", save_dataset=None, resume=None, evaluate=None), io.BytesIO()
+    """On rank 0, writes content beside the arguments, less those of this command."""
+    args, data = replace(run.args, save_dataset=None, resume=None, evaluate=None), io.BytesIO()
     if RANK == 0:
         torch.save({"args": asdict(args), "reporting": list(Environment.reporting)} | content, data)
         write_file(run.folder / name, data.getbuffer())
@@ -818,22 +807,28 @@ def save_file(run, name, content):
 
 def read_file(path):
     """Returns: what save_file was given. Raises: UserError."""
-    with explained(f"{path} is not there, damaged, or not of this {METHOD}.py"):
+    with explained(f"{path} is not there, damaged, or not of these scripts"):
         with zipfile.ZipFile(path) as archive:
             require(not archive.testzip(), "a checksum is wrong")  # torch does not compare them
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         Environment.reporting.update(content["reporting"])
-        return Args(**content["args"]), content
+        return Args(**{k: v for k, v in content["args"].items() if hasattr(Args, k)}), content
+
+
+def load_networks(path, networks):
+    """Gives policies and critics the weights in a policy file. Raises: UserError."""
+    _, content = read_file(path)
+    with explained(f"{path} does not fit these arguments"):
+        for name, network in networks.items():
+            network.load_state_dict(content["policy" if "policy" in name else "critic"])
 
 
 def load_policy(path, args=None):
     """Returns: arguments, the file's own if None, policy and critics."""
-    own_args, content = read_file(path)
-    with explained(f"{path} does not fit these arguments"):
-        policy, critic, _ = make_networks(args or own_args)
-        policy.load_state_dict(content["policy"])
-        critic.load_state_dict(content["critic"])
-    return args or own_args, policy, critic
+    args = args or read_file(path)[0]
+    policy, critic, _ = make_networks(args)
+    load_networks(path, {"policy": policy, "critic": critic})
+    return args, policy, critic
 
 
 # Precision and processes
@@ -849,9 +844,9 @@ def mixed_precision(args, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and able)
 
 
-def start_process(args):
+def start_process():
     """Connects the ranks of torchrun. Returns: the device."""
-    cuda = args.device != "cpu" and torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if NUM_RANKS > 1:
@@ -883,8 +878,7 @@ def explained(what):
     try:
         yield
     except Exception as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{what} ({kind}{error})") from error
+        raise UserError(f"{what}: {error}") from error
 
 
 def check(args):
@@ -897,7 +891,6 @@ def check(args):
         if value is True and name in packages:
             require(importlib.util.find_spec(packages[name]), f"{option} needs pip install {packages[name]}.")
     require(args.batch_size <= args.buffer_size, "--buffer-size is below --batch-size.")
-    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda is not here: --device cpu is.")
     require(not args.render or os.environ.get("DISPLAY") or sys.platform != "linux", "--render: no DISPLAY.")
     require(args.dataset != "none" or not args.save_dataset, "--save-dataset needs a --dataset.")
     if not args.evaluate:  # environments begin anew then
@@ -910,8 +903,9 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it
     try:
         args = tyro.cli(Args)
-        if args.evaluate or args.resume:  # what is typed counts
-            saved, _ = read_file(args.evaluate or args.resume / "checkpoint.pt")
+        file = args.evaluate or (args.resume / "checkpoint.pt" if args.resume else args.policy)
+        if file:  # what is typed counts
+            saved, _ = read_file(file)
             if args.evaluate:
                 saved = replace(saved, tensorboard=False, track=False, capture_video=False)
             args = tyro.cli(Args, default=saved)

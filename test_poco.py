@@ -43,8 +43,8 @@ def prepared(monkeypatch):
 
 # The two files
 OWN = {"METHOD", "LEAST", "MOST", "Args", "update_critic", "update_policy", "train"}
-OWN |= {"posterior_weights", "poco_loss", "reduce_next_q", "chain_step", "sample_chain", "chain_log_prob"}
-OWN |= {"group_advantage", "chi2_penalised_q", "ppo_loss"}
+OWN |= {"posterior_weights", "adaptive_temperature", "poco_loss", "reduce_next_q", "chain_step", "ppo_loss"}
+OWN |= {"sample_chain", "chain_log_prob", "group_advantage", "chi2_penalised_q"}
 LIMITS = {poco: (850, 44, 370), ogpo: (950, 49, 460)}  # lines, KB, last line of train
 
 
@@ -89,6 +89,12 @@ def test_no_line_is_above_110_columns():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 220
 
 
+def fit(network, obs, reward=0.0):
+    """Gives the network the statistics of a buffer with these observations and this reward in every step."""
+    steps, widths = torch.nn.functional.pad(obs, (0, 1), value=reward), [obs.shape[1], 0, 0, 1, 0, 0]
+    network.normalize.fit(types.SimpleNamespace(steps=steps, size=len(obs), widths=widths))
+
+
 # Flow policy
 def numpy_velocity(policy, obs, x, t):
     """The network of FlowPolicy, written again in float64."""
@@ -104,7 +110,7 @@ def numpy_velocity(policy, obs, x, t):
 def test_bc_loss_sample_and_the_normalizer_which_travels_in_the_state_dict():
     rng = np.random.default_rng(0)
     policy = FlowPolicy(obs_dim=3, chunk_dim=6, flow_steps=7)
-    policy.normalize.fit(torch.tensor(rng.normal(2, 3, (50, 3))).float())
+    fit(policy, torch.tensor(rng.normal(2, 3, (50, 3))).float())
     obs, chunk, noise, time_ = (rng.normal(size=(4, n)) for n in (3, 6, 6, 1))
     valid = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
     error = (numpy_velocity(policy, obs, (1 - time_) * noise + time_ * chunk, time_) - (chunk - noise)) ** 2
@@ -121,7 +127,8 @@ def test_bc_loss_sample_and_the_normalizer_which_travels_in_the_state_dict():
 
     policy, other = FlowPolicy(obs_dim=3, chunk_dim=2), FlowPolicy(obs_dim=3, chunk_dim=2)
     obs = torch.stack([torch.full((100,), 7.0), torch.full((100,), 1e-9), torch.randn(100) * 5 + 1], dim=1)
-    policy.normalize.fit(obs)
+    fit(policy, obs, reward=-4.0)
+    assert policy.normalize.reward_scale == 0.25
     normal = policy.normalize(obs)  # of two constant features and one that is not
     assert normal.abs().max() < 5 and policy.normalize(obs + 1).abs().max() <= 10
     np.testing.assert_allclose(normal[:, 2].mean(), 0, atol=1e-5)
@@ -130,30 +137,11 @@ def test_bc_loss_sample_and_the_normalizer_which_travels_in_the_state_dict():
     assert torch.equal(other.normalize(obs), normal)
 
 
-def test_flow_fitted_to_two_modes_samples_both_in_proportion():
-    policy = FlowPolicy(obs_dim=1, chunk_dim=2, hidden_dim=64, flow_steps=20)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=1500)
-    for _ in range(1500):
-        obs = torch.randint(2, (512, 1)).float()  # the upper mode's share: 0.3 for the one, 0.8 for the other
-        upper = torch.rand(512, 1) < 0.3 + 0.5 * obs
-        chunk = torch.where(upper, 0.6, -0.4) + 0.05 * torch.randn(512, 2)
-        poco.gradient_step(optimizer, policy.bc_loss(obs, chunk, None).mean())
-        schedule.step()
-    for value, share in ((0.0, 0.3), (1.0, 0.8)):
-        x = policy.sample(torch.full((4000, 1), value)).detach()
-        upper = x[:, 0] > 0.1
-        assert upper.float().mean() == pytest.approx(share, abs=0.05)
-        for mode, mean in ((x[upper], 0.6), (x[~upper], -0.4)):
-            np.testing.assert_allclose(mode.mean(0), mean, atol=0.05)
-            assert mode.std(0).max() < 0.15
-
-
 # Critic
 def test_critics_are_independent_networks_with_layer_norm_and_their_loss_leaves_padding_out():
     rng = np.random.default_rng(0)
     critic = CriticEnsemble(obs_dim=3, chunk_dim=2, num_critics=4, hidden_dim=16)
-    critic.normalize.fit(torch.tensor(rng.normal(1, 2, (50, 3))).float())
+    fit(critic, torch.tensor(rng.normal(1, 2, (50, 3))).float())
     obs, chunk, expected = rng.normal(size=(5, 3)), rng.normal(size=(5, 2)), []
     w = {name: value.double().numpy() for name, value in critic.state_dict().items()}
     for m in range(4):
@@ -203,6 +191,14 @@ def test_posterior_weights_and_poco_loss_which_gives_a_clipped_candidate_no_grad
     for extreme in ([[1e6, -1e6, 1e6]], [[-1e6, -1e6, -1e6]]):
         weights = poco.posterior_weights(torch.tensor(extreme), 1e-3)
         assert torch.isfinite(weights).all() and weights.sum().item() == pytest.approx(1)
+    for scale, share in ((1.0, 0.3), (-50.0, 0.1), (1e-3, 0.7)):  # free of the scale of Q, state by state
+        values = scale * rng.normal(size=(4, 20_000)) * [[1], [3], [0.1], [7]]
+        eta = poco.adaptive_temperature(torch.tensor(values), share)
+        np.testing.assert_allclose(eta[:, 0], values.std(1) / np.sqrt(np.log(1 / share)), rtol=1e-4)
+        samples = 1 / poco.posterior_weights(torch.tensor(values), eta).square().sum(1)
+        np.testing.assert_allclose(samples / 20_000, share, rtol=0.25)
+    equal = torch.full((1, 5), 3.0)
+    assert (poco.posterior_weights(equal, poco.adaptive_temperature(equal, 0.3)) == 0.2).all()
     losses, bc, weights = rng.exponential(size=(7, 4)), rng.exponential(size=9), rng.dirichlet(np.ones(4), 7)
     for beta, zeta in ((1.0, 0.4), (0.3, 1.0), (0.0, 0.5)):  # equation 23
         posterior = sum(weights[s, j] * min(losses[s, j], zeta) for s in range(7) for j in range(4)) / 7
@@ -247,7 +243,9 @@ def poco_bandit(policy, temperature):
     return (policy.sample(torch.zeros(4000, 1)) > 0).float().mean(), metrics
 
 
-def test_poco_moves_the_mass_to_the_better_mode():
+def test_a_clone_samples_both_modes_in_proportion_and_poco_moves_the_mass_to_the_better_one():
+    share = (bandit_clone().sample(torch.zeros(4000, 1)) > 0).float().mean()
+    assert share == pytest.approx(0.2, abs=0.05)
     share, metrics = poco_bandit(bandit_clone(), temperature=0.05)
     assert share > 0.45  # a fixed point between the buffer's 0.2 and the posterior's nearly 1
     assert metrics["losses/clip_fraction"] < 0.2 and 1 <= metrics["losses/effective_samples"] <= 8
@@ -310,7 +308,7 @@ def test_the_stochastic_sampler_keeps_the_marginals_of_the_ode(flow, sigma):
 def test_chain_log_prob():
     rng = np.random.default_rng(0)
     policy = FlowPolicy(obs_dim=3, chunk_dim=4, flow_steps=6)
-    policy.normalize.fit(torch.tensor(rng.normal(2, 3, (50, 3))).float())
+    fit(policy, torch.tensor(rng.normal(2, 3, (50, 3))).float())
     obs = rng.normal(size=(5, 3))
     given = torch.tensor(obs).float()
     for sigma in (0.1, 1.0):
@@ -388,6 +386,7 @@ def test_ogpo_moves_the_mass_to_the_better_mode_less_the_penalty_and_the_cloning
 def test_next_chunk_samples_average_the_td_target():
     """The critic says 0, its target the chunk drawn, N(0, 1): the loss is the variance of what n become."""
     zeros, critic, target = torch.zeros(4000), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    critic.normalize = ogpo.Normalizer(1)
     batch = Batch(zeros[:, None], zeros[:, None], zeros, zeros[:, None], zeros, torch.ones(4000, 1))
     policy = types.SimpleNamespace(sample=lambda obs: torch.randn(len(obs), 1))
     optimizer = torch.optim.SGD(critic.parameters(), lr=0.0, fused=True)
@@ -415,7 +414,9 @@ def test_td_target_and_windows_on_a_hand_made_episode(terminated):
     assert target[:2].tolist() == pytest.approx([inside, 2 + 0.9 * 4 + 0.81 * 8 + beyond], rel=1e-6)
     assert batch.terminated.tolist() == [0, terminated, terminated, terminated]
     assert batch.valid.tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
-    assert batch.chunk[2].tolist() == pytest.approx([0.3, 0.4, 0])
+    assert batch.chunk[2, :2].tolist() == pytest.approx([0.3, 0.4])
+    filled = drawn.chunk[drawn.obs[:, 0] == 2][:, 2]  # never executed, so from other windows
+    assert len(filled.unique()) > 2
     assert batch.reward[2].item() == pytest.approx(4 + 0.9 * 8, rel=1e-6) and batch.next_obs[2].item() == 4
 
 
@@ -434,7 +435,7 @@ def test_buffer_never_mixes_episodes(capacity):
             e, step = obs.int().tolist()
             k = min(4, lengths[e] - step)
             assert valid.tolist() == [1] * k + [0] * (4 - k)
-            assert chunk.tolist() == [e * 100 + step + i for i in range(k)] + [0] * (4 - k)
+            assert chunk.tolist()[:k] == [e * 100 + step + i for i in range(k)]
             assert next_obs.tolist() == [e, step + k]
             assert terminated == (e % 2 == 0 and step + k == lengths[e])
             seen.add((e, step))
@@ -485,18 +486,13 @@ class Counting(gym.Env):
         return self.obs(), reward, over and even, over and not even, info
 
 
-class Seedless(Counting):
-    def reset(self):
-        return super().reset()
-
-
 FAULTS = ("NaN", "NaN at reset", "raises", "raises in reset", "endless", "no bounds", "rounding", "sequence")
 FAULTS += ("only success", "kitchen", "passing")
 FAMILIES = ["FetchReach-v4", "AdroitHandDoor-v1", "FrankaKitchen-v1", "HandReach-v3", "PointMaze_UMaze-v3"]
 FAMILIES += ["AntMaze_UMaze-v5", "HandManipulateBlock-v1", "Pendulum-v1"]
 gym.register("Counting-v0", Counting)
-gym.register("Seedless-v0", Seedless)
-gym.register("Scaled-v0", Counting, kwargs={"factor": 1024.0})
+for factor in (0.01, 100, 1024):
+    gym.register(f"Times{factor}-v0", Counting, kwargs={"factor": factor})
 for fault in FAULTS:
     gym.register(f"{fault.title().replace(' ', '')}-v0", Counting, kwargs={"fault": fault})
 
@@ -599,7 +595,7 @@ def main(script, monkeypatch, *typed, **options):
 
 
 RUN = {"env_id": "Counting-v0", "dataset": "none", "chunk_size": 2, "hidden_dim": 16, "batch_size": 32}
-RUN |= {"num_envs": 3, "eval_episodes": 5, "critic_warmup_steps": 120, "total_timesteps": 300}
+RUN |= {"num_envs": 3, "eval_episodes": 5, "critic_warmup": 60, "total_timesteps": 300}
 RUN |= {"eval_interval": 150, "log_interval": 60}
 
 
@@ -636,7 +632,7 @@ def test_a_run_writes_its_files_and_is_the_same_again_at_any_scale(script, tmp_p
     assert [row["eval/success"] != "" for row in rows] == [step in (0, 3, 6) for step in range(7)]
     assert rows[2]["losses/qf_loss"] and not rows[2]["losses/actor_loss"] and rows[3]["losses/actor_loss"]
     assert re.fullmatch(rf"Counting-v0__{script.METHOD}__1__[\d-]+", folder.name)
-    assert {path.name for path in folder.iterdir()} == {"metrics.csv", "policy.pt", "checkpoint.pt"}
+    assert sorted(path.stem for path in folder.iterdir()) == ["checkpoint", "clone", "metrics", "policy"]
     out, policy = capsys.readouterr().out, folder / "policy.pt"
     assert f"python {script.METHOD}.py --resume runs/{folder.name}\n" in out
     assert f"python {script.METHOD}.py --evaluate runs/{folder.name}/policy.pt\n" in out
@@ -645,10 +641,12 @@ def test_a_run_writes_its_files_and_is_the_same_again_at_any_scale(script, tmp_p
     assert f": {results[-1]}\n" in capsys.readouterr().out
     assert main(script, monkeypatch, "--evaluate", policy, "--eval-episodes", 3) == 0
     assert "/3)" in capsys.readouterr().out  # what is typed counts
-    _, scaled = small_run(script, tmp_path / "scaled", monkeypatch, env_id="Scaled-v0")
-    assert same(states_of(scaled)["policy.pt"], states_of(folder)["policy.pt"])
-    returns = [float(run[-1]["charts/episodic_return"]) for run in (rows, rows_of(scaled))]
-    assert returns[1] == pytest.approx(1024 * returns[0])
+    for factor, tolerance in ((1024, 0), (100, 1e-3), (0.01, 1e-3)):  # rounding, unless a power of two
+        _, scaled = small_run(script, tmp_path / str(factor), monkeypatch, env_id=f"Times{factor}-v0")
+        for a, b in zip(*(states_of(run)["policy.pt"].values() for run in (folder, scaled)), strict=True):
+            assert a.dim() == 0 or (a - b).abs().max() <= tolerance  # less its reward_scale
+        returns = [float(run[-1]["charts/episodic_return"]) for run in (rows, rows_of(scaled))]
+        assert returns[1] == pytest.approx(factor * returns[0], rel=1e-4)
 
 
 class Killed(BaseException):
@@ -668,7 +666,7 @@ def test_a_run_killed_in_any_write_and_resumed_ends_as_undisturbed(script, every
 
     monkeypatch.setattr(script, "write_file", write_file)
     settings = {"dataset": "scripted", "num_demos": 5, "bc_steps": 5, "hidden_dim": 8, "batch_size": 16}
-    settings |= {"total_timesteps": 180, "eval_interval": 90, "critic_warmup_steps": 60, "eval_episodes": 2}
+    settings |= {"total_timesteps": 180, "eval_interval": 90, "critic_warmup": 30, "eval_episodes": 2}
     _, whole = small_run(script, tmp_path / "whole", monkeypatch, **settings)
     assert len(written) > 10
     for kill in range(1, len(written), every):
@@ -689,9 +687,11 @@ def test_what_is_typed_beside_resume_counts_and_a_lost_checkpoint_is_refused(tmp
     assert rows_of(folder)[: len(rows)] == rows and rows_of(folder)[-1]["global_step"] == "360"
     args, _ = poco.read_file(folder / "checkpoint.pt")
     assert args.gamma == 0.5 and args.total_timesteps == 360 and args.batch_size == 32
-    with monkeypatch.context() as patch, pytest.raises(poco.UserError, match=f"1 processes: .* {folder}"):
-        patch.setattr(poco, "NUM_RANKS", 2)
-        poco.Run(poco.replace(args, resume=folder), {})
+    for script, ranks in ((poco, 2), (ogpo, 1)):
+        monkeypatch.setattr(script, "NUM_RANKS", ranks)
+        with pytest.raises(script.UserError, match=f"goes on by python poco.* {folder}"):
+            script.Run(poco.replace(args, resume=folder), {})
+    monkeypatch.setattr(poco, "NUM_RANKS", 1)
     (folder / "checkpoint.pt").unlink()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert main(poco, monkeypatch, *resume) == 2 and "checkpoint.pt" in capsys.readouterr().err
@@ -700,7 +700,7 @@ def test_what_is_typed_beside_resume_counts_and_a_lost_checkpoint_is_refused(tmp
 
 @both_scripts
 def test_the_warm_up_leaves_the_clone_and_no_demo_enters_ogpo_s_buffer(script, tmp_path, monkeypatch):
-    _, folder = small_run(script, tmp_path / "warm-up", monkeypatch, critic_warmup_steps=300)
+    _, folder = small_run(script, tmp_path / "warm-up", monkeypatch, critic_warmup=300)
     args, policy, _ = script.load_policy(folder / "policy.pt")
     fresh = script.make_networks(args)[0]
     assert same(dict(policy.named_parameters()), dict(fresh.named_parameters()))
@@ -708,6 +708,22 @@ def test_the_warm_up_leaves_the_clone_and_no_demo_enters_ogpo_s_buffer(script, t
     settings = {"num_demos": 30, "bc_steps": 10, "total_timesteps": 60, "eval_interval": 60}
     _, folder = small_run(script, tmp_path / "demos", monkeypatch, dataset="scripted", **settings)
     assert (float(rows_of(folder)[-1]["charts/buffer_size"]) > 60) == (script is poco)
+
+
+@both_scripts
+def test_a_run_begins_with_the_other_scripts_policy(script, tmp_path, monkeypatch, capsys):
+    settings = {"dataset": "scripted", "num_demos": 30, "bc_steps": 10, "total_timesteps": 60}
+    _, folder = small_run(poco if script is ogpo else ogpo, tmp_path / "clone", monkeypatch, **settings)
+    clone, typed = folder / "clone.pt", {"critic_warmup": 0, "utd_ratio": 0, "best_of_n": 2}
+    monkeypatch.chdir(tmp_path)
+    assert main(script, monkeypatch, "--policy", clone, **typed) == 0  # the rest comes from the file
+    (begun,) = (tmp_path / "runs").iterdir()
+    files = [torch.load(path, weights_only=True) for path in (clone, begun / "clone.pt", begun / "policy.pt")]
+    assert all(same(files[0][name], file[name]) for name in ("policy", "critic") for file in files[1:])
+    args, *_ = script.load_policy(begun / "policy.pt")
+    assert (args.hidden_dim, args.chunk_size, args.best_of_n) == (16, 2, 2)
+    assert main(script, monkeypatch, "--policy", clone, "--hidden-dim", 8) == 2
+    assert "does not fit" in capsys.readouterr().err
 
 
 @both_scripts
@@ -730,10 +746,10 @@ def test_a_nan_loss_stops_the_run_and_never_reaches_a_weight(script, where, tmp_
 
 FAULTY = {
     "Nan-v0": "an observation, action or reward is NaN", "NanAtReset-v0": "an observation is NaN",
-    "Raises-v0": "Raises-v0 failed in step (ConnectionError: the robot does not answer)",
-    "RaisesInReset-v0": "failed in reset (ConnectionError", "Endless-v0": "ends no episode in",
-    "NoBounds-v0": "must be a bounded Box", "Sequence-v0": "cannot be used (", "CartPole-v1": "Discrete",
-    "Seedless-v0": "failed in reset (TypeError", "Countin-v0": "Did you mean", "no_such:Own-v0": "no_such",
+    "Raises-v0": "Raises-v0 failed in step: the robot does not answer",
+    "RaisesInReset-v0": "failed in reset: the robot", "Endless-v0": "ends no episode in",
+    "NoBounds-v0": "must be a bounded Box", "Sequence-v0": "cannot be used: ", "CartPole-v1": "Discrete",
+    "Countin-v0": "Did you mean", "no_such:Own-v0": "no_such",
 }  # fmt: skip
 
 
@@ -747,16 +763,16 @@ def start(*command, cwd, **options):
 
 def test_reach_improves_on_its_clone_and_evaluates_to_the_same(tmp_path):
     typed = "--env-id FetchReach-v4 --num-demos 10 --bc-steps 150 --total-timesteps 1500 --eval-interval 1500"
-    typed += " --critic-warmup-steps 400 --eval-episodes 30 --hidden-dim 128"
+    typed += " --critic-warmup 200 --eval-episodes 30 --hidden-dim 128"
     process = start(poco.__file__, *typed.split(), cwd=tmp_path)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     results = re.findall(r"success ([\d.]+) \((\d+)/30\)", out)
-    assert len(results) == 2 and int(results[1][1]) >= int(results[0][1]) + 4
+    assert len(results) == 3 and int(results[2][1]) >= int(results[0][1]) + 4
     (command,) = set(re.findall(r"python poco.py (--evaluate .*)", out))
     process = start(poco.__file__, *command.split(), cwd=tmp_path)
     again, err = process.communicate(timeout=240)
-    assert process.returncode == 0 and f"success {results[1][0]} ({results[1][1]}/30)" in again, err
+    assert process.returncode == 0 and f"success {results[2][0]} ({results[2][1]}/30)" in again, err
 
 
 @pytest.mark.parametrize(("script", "signal_"), [(poco, signal.SIGINT), (ogpo, signal.SIGTERM)], ids=SCRIPTS)
@@ -777,9 +793,10 @@ def test_ctrl_c_and_sigterm_exit_with_130_and_the_command_that_goes_on(script, s
 
 
 BAD_INPUT = {
-    "--env-id FetchPickAndPlac-v4": "Did you mean", "--env-id Pendulum-v1": "--dataset none",
+    "--env-id FetchPickAndPlac-v4": "Did you mean", "--env-id Pendulum-v1": "a Minari id or none",
     "--env-id FetchReach-v4 --chunk-size 51": "50 steps", "--batch-size 0": "--batch-size",
     "--num-envs -1": "--num-envs", "--temperature 0": "--temperature", "--temperature nan": "--temperature",
+    "--effective-samples 1": "--effective-samples", "--policy nowhere.pt": "nowhere.pt",
     "--gamma 1.5": "between 1e-09 and 1", "--num-demos 0": "--num-demos", "--no-such 1": "no-such",
     "--evaluate nowhere.pt": "nowhere.pt", "--resume nowhere": "nowhere", "--buffer-size 100": "--batch-size",
     f"--buffer-size {10**22}": "--buffer-size", "--hidden-dim 1000000": "--hidden-dim",
@@ -791,8 +808,6 @@ BAD_INPUT = {
 }  # fmt: skip
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     BAD_INPUT["--render"] = "no DISPLAY"
-if not torch.cuda.is_available():
-    BAD_INPUT["--device cuda"] = "--device cpu"
 
 
 @pytest.mark.parametrize("case", [*FAULTY, *BAD_INPUT])
@@ -846,8 +861,7 @@ def test_damaged_and_malicious_files(tmp_path, monkeypatch):
         with pytest.raises(poco.UserError, match=name):
             poco.load_demonstrations(Args(env_id="Counting-v0", dataset=name))
     changed = {"torch_pickle": content | {"policy": Malicious()}, "not_a_dict": [1, 2]}
-    for name, value in (("group_size", 8), ("env_id", "FetchPush-v4"), ("hidden_dim", -5)):
-        changed[f"another {name}"] = content | {"args": content["args"] | {name: value}}
+    changed["another env_id"] = content | {"args": content["args"] | {"env_id": "FetchPush-v4"}}
     for name, data in changed.items():
         torch.save(data, name)
     for name in (*damaged, *changed):
@@ -875,7 +889,7 @@ def gradients_of(script, rows):
     obs, chunk, noise = (torch.randn(64, d)[rows] for d in (3, 4, 4))
     time_ = torch.rand(64, 1)[rows]
     policy = script.FlowPolicy(3, 4)
-    policy.normalize.fit(obs)
+    fit(policy, obs)
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)
     norm = script.gradient_step(optimizer, policy.bc_loss(obs, chunk, None, noise, time_).mean())
     return [policy.normalize.std, norm, *(parameter.grad for parameter in policy.parameters())]
@@ -904,7 +918,7 @@ def test_two_ranks_stay_equal_and_their_gradient_is_that_of_both_batches(tmp_pat
     (folder,) = (tmp_path / "runs").iterdir()  # rank 1 writes nothing
     assert rows_of(folder)[-1]["global_step"] == "300" and "torchrun --nproc-per-node=2" in out
     assert main(ogpo, monkeypatch, "--resume", folder) == 2  # by one process alone
-    assert "is of 2 processes: torchrun --nproc-per-node=2 ogpo.py --resume" in capsys.readouterr().err
+    assert "goes on by torchrun --nproc-per-node=2 ogpo.py --resume" in capsys.readouterr().err
 
 
 # Speed without another meaning
@@ -932,11 +946,8 @@ def test_blocks_of_rows_change_nothing():
     values = policy.velocity(obs, x, t), critic(obs, x)
     hidden = critic.net(torch.cat([obs, x], dim=1).expand(2, -1, -1))  # as no statistics were fitted
     whole = policy.net(torch.cat([obs, x, t], dim=1)), critic.head(hidden).squeeze(2)
-    for network, value, expected in zip((policy, critic), values, whole, strict=True):
+    for value, expected in zip(values, whole, strict=True):
         torch.testing.assert_close(value, expected)
-        gradients = [torch.autograd.grad(v.square().mean(), network.parameters()) for v in (value, expected)]
-        for a, b in zip(*gradients, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_compiled_updates_are_the_same(tmp_path, monkeypatch):
@@ -1012,16 +1023,12 @@ WRONG_DATA = {
     "missing key": (lambda d: d.pop("rewards"), "needed are observations"),
     "unequal lengths": (lambda d: d.update(rewards=d["rewards"][1:]), "observations is .*, not"),
     "NaN": (lambda d: d["observations"].__setitem__((7, 0), np.nan), "observations has NaN"),
-    "infinite action": (lambda d: d["actions"].__setitem__((3, 0), np.inf), "actions has NaN"),
-    "observation width": (lambda d: d.update(observations=d["observations"][:, :2]), "rows of 3 numbers"),
     "action width": (lambda d: d.update(actions=d["actions"][:, :1]), "rows of 2 numbers"),
     "actions outside": (lambda d: d["actions"].__setitem__((slice(2), 0), 11.5), "outside .* by up to 1.5"),
     "no end": (lambda d: d.update(terminals=0 * d["terminals"], timeouts=0 * d["timeouts"]), "mark no end"),
     "all too short": (lambda d: d.update(timeouts=1 + 0 * d["timeouts"]), "0 episodes are too few"),
     "objects": (lambda d: d.update(rewards=np.array([Malicious()] * len(d["rewards"]))), "Object arrays"),
-    "text": (lambda d: d.update(rewards=d["rewards"].astype(str)), "rewards is <U.*, not"),
     "no rows": (lambda d: d.update({key: column[:0] for key, column in d.items()}), "mark no end"),
-    "no file": (lambda d: d.clear(), "needed are"),
 }
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     *("--env-id", "FetchReach-v4", "--num-demos", "8", "--bc-steps", "100", "--hidden-dim", "64"),
     *("--batch-size", "64", "--num-critics", "2", "--total-timesteps", "1000", "--eval-interval", "200"),
-    *("--critic-warmup-steps", "400", "--eval-episodes", "4", "--log-interval", "150", "--utd-ratio", "0.1"),
+    *("--critic-warmup", "400", "--eval-episodes", "4", "--log-interval", "150", "--utd-ratio", "0.1"),
     *("--torch-threads", "1"),
 ]
 

@@ -85,7 +85,7 @@ class Torch:
         )
         self.buffer = random_buffer(20_000, args, device)
         for network in (self.policy, self.critic):
-            network.normalize.fit(self.buffer.steps[:, :OBS_DIM])
+            network.normalize.fit(self.buffer)
         self.target_critic = copy.deepcopy(self.critic)
         self.old_policy, self.slow_policy = copy.deepcopy(self.policy), copy.deepcopy(self.policy)
         adam = partial(torch.optim.Adam, fused=True)
@@ -142,7 +142,7 @@ def random_buffer(size: int, args, device: str) -> poco.ReplayBuffer:
     )
     for _ in range(size // 50):
         obs, actions = rng.standard_normal((51, OBS_DIM), np.float32), rng.uniform(-1, 1, (50, ACTION_DIM))
-        buffer.add_episode(poco.Trajectory(obs, actions, -rng.random(50), terminated=False, success=0.0))
+        buffer.add_episode(poco.Trajectory(obs, actions, -2 * rng.random(50), terminated=False, success=0.0))
     return buffer
 
 
@@ -201,6 +201,7 @@ class Peer:
     def __init__(self, side: Torch):
         self.args = args = side.args
         self.mean, self.std = to_jax(side.policy.normalize.mean), to_jax(side.policy.normalize.std)
+        self.reward_scale = to_jax(side.critic.normalize.reward_scale)
         self.policy_net = MLP(widths(side.policy)[1:])
         ensemble = linen.vmap(
             MLP,
@@ -263,12 +264,11 @@ class Peer:
     def bc_loss(self, params, obs, chunk, valid, x_0, t):
         error = (self.velocity(params, obs, (1 - t) * x_0 + t * chunk, t) - (chunk - x_0)) ** 2
         mask = jnp.repeat(valid, chunk.shape[1] // valid.shape[1], axis=1)
-        return (error * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
+        return (error * mask).sum(1) / mask.sum(1)
 
     def critic_loss(self, params, batch, target):
-        executed = jnp.repeat(batch.valid, batch.chunk.shape[1] // batch.valid.shape[1], axis=1) > 0
         known = jnp.maximum(batch.valid[:, -1], batch.terminated)
-        q = self.q(params, batch.obs, jnp.where(executed, batch.chunk, jnp.roll(batch.chunk, 1, axis=0)))
+        q = self.q(params, batch.obs, batch.chunk)
         return ((q - target) ** 2 * known).sum() / (len(q) * jnp.maximum(known.sum(), 1))
 
     def gradient_step(self, state, name, loss, *inputs):
@@ -280,7 +280,8 @@ class Peer:
         next_q = self.q(
             state["target_critic"], batch.next_obs, self.sample(state["policy"], batch.next_obs, noise[0])
         ).mean(0)
-        target = batch.reward + self.args.gamma**self.args.chunk_size * (1 - batch.terminated) * next_q
+        discount = self.args.gamma**self.args.chunk_size * (1 - batch.terminated)
+        target = self.reward_scale * batch.reward + discount * next_q
         state, loss = self.gradient_step(state, "critic", self.critic_loss, batch, target)
         return state | {
             "target_critic": optax.incremental_update(state["critic"], state["target_critic"], self.args.tau)
@@ -330,16 +331,17 @@ class PocoPeer(Peer):
         )  # (R, O)
         chunks = self.sample(state["policy"], obs, x_0)
         q = self.q(state["target_critic"], obs, chunks).mean(0).reshape(-1, self.args.num_candidates)
-        return obs, chunks, jax.nn.softmax(q / self.args.temperature, axis=1)
+        spread = jnp.maximum(q.std(1, ddof=1, keepdims=True), 1e-12)
+        temperature = self.args.temperature or spread / math.sqrt(-math.log(self.args.effective_samples))
+        return obs, chunks, jax.nn.softmax(q / temperature, axis=1)
 
     def policy_loss(self, params, batch, found, noise):
         obs, chunks, weights = found
         losses = self.bc_loss(params, obs, chunks, jnp.ones((len(obs), 1)), *noise[0]).reshape(weights.shape)
-        posterior = (weights * jnp.minimum(losses, self.args.clip_threshold)).sum(1).mean()
-        return (
-            self.args.posterior_coef * posterior
-            + self.bc_loss(params, batch.obs, batch.chunk, batch.valid, *noise[1]).mean()
-        )
+        bc_losses = self.bc_loss(params, batch.obs, batch.chunk, batch.valid, *noise[1])
+        median = jnp.quantile(jax.lax.stop_gradient(bc_losses), 0.5, method="lower")  # as torch's
+        posterior = (weights * jnp.minimum(losses, self.args.clip_threshold or median)).sum(1).mean()
+        return self.args.posterior_coef * posterior + bc_losses.mean()
 
 
 class OgpoPeer(Peer):
@@ -386,6 +388,7 @@ class OgpoPeer(Peer):
         )
         advantage = q - q.mean(2, keepdims=True)
         advantage = jnp.maximum(advantage.min(0), 0) + jnp.minimum(advantage.max(0), 0)
+        advantage /= jnp.maximum(q.mean(0).std(1).mean(), 1e-12)
         return obs, chain, log_prob, advantage.flatten()
 
     def policy_loss(self, params, batch, found, noise):
