@@ -68,7 +68,7 @@ class Args:
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
     chunk_size: int = 5  # T, actions in one chunk, executed open loop
     flow_steps: int = 5  # K, Euler steps from noise to chunk
-    num_critics: int = 5  # M, members of the critic ensemble
+    num_critics: int = 2  # M, members of the critic ensemble
     # offline phase
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
@@ -82,16 +82,16 @@ class Args:
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
     q_aggregation: Literal["mean", "min"] = "mean"  # how the critics' values become one
-    best_of_n: int = 8  # act with the best of n candidates by the target critics
+    best_of_n: int = 4  # act with the best of n candidates by the target critics
     # OGPO
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # states of the batch that get a group of chains
     sigma: float = 1.0  # noise of the stochastic sampler
     clip_epsilon: float = 0.005  # clip of the chains' probability ratio, 1 +- epsilon
-    ppo_learning_rate: float = 5e-4  # step size of Adam online
+    ppo_learning_rate: float = 1e-4  # step size of Adam online
     policy_tau: float = 0.1  # Polyak rate of the old policy, from which the chains come
     conservative: bool = True  # OGPO+CA: count an advantage only where all critics agree on its sign
-    success_coef: float = 0.25  # OGPO+: weight of L_BC on the successes online; 0: off
+    success_coef: float = 1.0  # OGPO+: weight of L_BC on the successes online; 0: off
     chi2_coef: float = 0.0  # weight of the penalty for leaving the slow policy; 0: off
     chi2_sharpness: float = 5.0  # how fast pessimism sets in as the ratio passes 1
     chi2_tau: float = 5e-4  # Polyak rate of the slow policy
@@ -476,10 +476,10 @@ class Environment:
     """An environment with flat observations (O,) and actions (A,) in [-1, 1], with its episode."""
     reporting = set()  # seen to report success: there a missing key means 0
 
-    def __init__(self, args, render_mode=None, videos=None):
+    def __init__(self, args, mode=None, videos=None):
         self.name, self.at_any, self.steps = args.env_id, args.success_at == "any", []
         with explained(f"{self.name} cannot be used"):
-            self.env = gym.make(self.name, render_mode=render_mode, disable_env_checker=True)
+            self.env = gym.make(self.name, disable_env_checker=True, **{"render_mode": mode} if mode else {})
             self.space, self.box = self.env.observation_space, self.env.action_space
             bounded = isinstance(self.box, gym.spaces.Box) and self.box.is_bounded()
             require(bounded and self.box.dtype.kind == "f", f"actions must be a bounded Box, not {self.box}")

@@ -81,7 +81,7 @@ class Args:
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
     q_aggregation: Literal["mean", "min"] = "mean"  # how the critics' values become one
-    best_of_n: int = 8  # act with the best of n candidates by the target critics
+    best_of_n: int = 4  # act with the best of n candidates by the target critics
     # POCO
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # states of the batch that get an E-step
@@ -400,10 +400,10 @@ class Environment:
     """An environment with flat observations (O,) and actions (A,) in [-1, 1], with its episode."""
     reporting = set()  # seen to report success: there a missing key means 0
 
-    def __init__(self, args, render_mode=None, videos=None):
+    def __init__(self, args, mode=None, videos=None):
         self.name, self.at_any, self.steps = args.env_id, args.success_at == "any", []
         with explained(f"{self.name} cannot be used"):
-            self.env = gym.make(self.name, render_mode=render_mode, disable_env_checker=True)
+            self.env = gym.make(self.name, disable_env_checker=True, **{"render_mode": mode} if mode else {})
             self.space, self.box = self.env.observation_space, self.env.action_space
             bounded = isinstance(self.box, gym.spaces.Box) and self.box.is_bounded()
             require(bounded and self.box.dtype.kind == "f", f"actions must be a bounded Box, not {self.box}")
