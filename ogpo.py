@@ -61,7 +61,7 @@ class Args:
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
     dataset: str = "scripted"  # scripted, none, file.npz or a Minari id
     save_dataset: Path | None = None  # write the demonstrations to this .npz file
-    num_demos: int = 300  # scripted demonstration episodes
+    num_demos: int = 200  # scripted demonstration episodes
     demo_noise: float = 0.4  # standard deviation of the noise on their actions
     success_at: Literal["end", "any"] = "end"  # an episode succeeds by its last step, or by any
     # networks
