@@ -357,6 +357,8 @@ def train(args):
     buffers = {"buffer": buffer, "success_buffer": success_buffer}
     run = Run(args, networks | optimizers | buffers)  # with --resume, as the checkpoint has them
     demos = [] if run.rows else load_demonstrations(args)
+    if args.policy and not run.rows:
+        load_networks(args.policy, networks)
     run.start()
     compiled = partial(torch.compile, mode="reduce-overhead", disable=not args.compile)
     critic_step, policy_step = compiled(update_critic), compiled(update_policy)
@@ -367,8 +369,6 @@ def train(args):
         clone_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
         for episode in demos:
             demo_buffer.add_episode(episode)
-        if args.policy:
-            load_networks(args.policy, networks)
         for network in networks.values() if demos and not args.policy else ():
             network.normalize.fit(demo_buffer)
         for _ in progress(range(args.bc_steps if demos and not args.policy else 0), "cloning"):

@@ -290,6 +290,8 @@ def train(args):
     others = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer, "buffer": buffer}
     run = Run(args, networks | others)  # with --resume, as the checkpoint has them
     demos = [] if run.rows else load_demonstrations(args)
+    if args.policy and not run.rows:
+        load_networks(args.policy, networks)
     run.start()
     compiled = partial(torch.compile, mode="reduce-overhead", disable=not args.compile)
     critic_step, policy_step = compiled(update_critic), compiled(update_policy)
@@ -298,8 +300,6 @@ def train(args):
     if not run.rows:
         for episode in demos:
             buffer.add_episode(episode)
-        if args.policy:
-            load_networks(args.policy, networks)
         for network in networks.values() if demos and not args.policy else ():
             network.normalize.fit(buffer)
         for _ in progress(range(args.bc_steps if demos and not args.policy else 0), "clone"):

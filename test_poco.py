@@ -716,14 +716,14 @@ def test_a_run_begins_with_the_other_scripts_policy(script, tmp_path, monkeypatc
     _, folder = small_run(poco if script is ogpo else ogpo, tmp_path / "clone", monkeypatch, **settings)
     clone, typed = folder / "clone.pt", {"critic_warmup": 0, "utd_ratio": 0, "best_of_n": 2}
     monkeypatch.chdir(tmp_path)
+    assert main(script, monkeypatch, "--policy", clone, "--hidden-dim", 8) == 2  # and writes nothing
+    assert "does not fit" in capsys.readouterr().err
     assert main(script, monkeypatch, "--policy", clone, **typed) == 0  # the rest comes from the file
     (begun,) = (tmp_path / "runs").iterdir()
     files = [torch.load(path, weights_only=True) for path in (clone, begun / "clone.pt", begun / "policy.pt")]
     assert all(same(files[0][name], file[name]) for name in ("policy", "critic") for file in files[1:])
     args, *_ = script.load_policy(begun / "policy.pt")
     assert (args.hidden_dim, args.chunk_size, args.best_of_n) == (16, 2, 2)
-    assert main(script, monkeypatch, "--policy", clone, "--hidden-dim", 8) == 2
-    assert "does not fit" in capsys.readouterr().err
 
 
 @both_scripts
