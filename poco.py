@@ -55,7 +55,7 @@ class Args:
     track: bool = False  # log to Weights & Biases too
     log_interval: int = 500  # steps between rows of metrics.csv
     resume: Path | None = None  # go on with the run in this folder
-    policy: str | None = None  # begin with this policy file, of either script, not with cloning
+    policy: str | None = None  # start from a policy file of either script instead of cloning
     # task and data
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
     dataset: str = "scripted"  # scripted, none, file.npz or a Minari id
