@@ -209,7 +209,7 @@ def posterior_weights(q, temperature):
 
 
 def adaptive_temperature(q, effective_samples):
-    """Eta in proportion to the spread of each state's Q. Of N normal values, 1 / sum_j w_j^2 is then
+    """Eta in proportion to the spread of each state's Q. For large N and normal Q, 1 / sum_j w_j^2 is
     N exp(-(std / eta)^2) = effective_samples N. Args: q (B, N); effective_samples < 1. Returns: (B, 1)."""
     return q.std(1, keepdim=True).clamp(min=1e-12) / math.sqrt(-math.log(effective_samples))
 
@@ -302,7 +302,7 @@ def train(args):
             buffer.add_episode(episode)
         for network in networks.values() if demos and not args.policy else ():
             network.normalize.fit(buffer)
-        for _ in progress(range(args.bc_steps if demos and not args.policy else 0), "clone"):
+        for _ in progress(range(args.bc_steps if demos and not args.policy else 0), "cloning"):
             batch = buffer.sample(args.batch_size)
             loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
             grad_norm = gradient_step(policy_optimizer, loss)
