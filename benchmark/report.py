@@ -1,0 +1,151 @@
+"""Writes the tables of both READMEs and draws assets/success.svg from the CSVs of benchmark/run.py.
+
+    pip install -r benchmark/requirements.txt && python benchmark/report.py
+    python benchmark/report.py --check    fails where a README says something else
+"""
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parent.parent
+MAIN = "poco", "ogpo", "ogpo-weak"  # methods of the front page, in its order
+STEP, SECONDS, SUCCESS = 0, 1, 3  # columns of a result
+SHORT = "environment", "method", "seeds", "clone", "at the end", "worst", "steps to 95 %", "minutes to 95 %"
+LONG = "method", "clone", "at the end", "each seed", "worst", "steps to 90, 95 %", "minutes to 90, 95 %"
+BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+LEGEND = """
+## Results
+
+Success in per cent, of single samples for the clone. Clone and at the end: interquartile mean over the seeds,
+in brackets its 95 % interval by bootstrap of the seeds within each environment. Worst: the lowest evaluation
+of any seed, minus its clone's. Steps and minutes count from the clone on: median over the seeds, - where half
+of them or more did not get there.
+"""
+
+
+@dataclass
+class Args:
+    results: Path = ROOT / "benchmark/results"
+    check: bool = False  # compare the tables, write nothing
+
+
+def read_results(folder):
+    """Returns: by environment and method, evaluations (seeds, evaluations, columns)."""
+    runs = defaultdict(dict)
+    for path in folder.glob("*.csv"):
+        env, method, seed = path.stem.split("__")
+        runs[env, method][int(seed)] = np.loadtxt(path, delimiter=",", skiprows=2, ndmin=2)
+    results = defaultdict(dict)
+    for env, method in sorted(runs, key=lambda key: (key[0], (*MAIN, key[1]).index(key[1]), key[1])):
+        seeds = [run for _, run in sorted(runs[env, method].items())]
+        if any(not np.array_equal(run[:, STEP], seeds[0][:, STEP]) for run in seeds):
+            sys.exit(f"report.py: the seeds of {method} in {env} were not evaluated at the same steps.")
+        results[env][method] = np.array(seeds)
+    return results or sys.exit(f"report.py: there are no results in {folder}.")
+
+
+def mean_and_interval(*strata):
+    """Interquartile mean over the seeds, ends of its interval. Args: (seeds, ...) of each environment."""
+    def mean(*samples, axis):
+        return stats.trim_mean(np.concatenate(samples, axis), 0.25, axis)
+
+    center = mean(*strata, axis=0)
+    if min(map(len, strata)) == 1:
+        return center, center * np.nan, center * np.nan
+    return center, *stats.bootstrap(strata, mean, method="percentile", rng=0).confidence_interval
+
+
+def first(runs, level, column, pattern):
+    """Median over the runs of a column in the first evaluation at this level."""
+    median = np.median([next((at[column] for at in run if at[SUCCESS] >= level), np.inf) for run in runs])
+    return pattern.format(median).replace(",", " ") if np.isfinite(median) else "-"
+
+
+def row(env, method, strata):
+    """Cells by the titles of SHORT and LONG. Args: evaluations of an environment, or of each."""
+    runs = [run * [1, 1 / 60, 1, 1, 1] for evaluations in strata for run in evaluations]
+    clone, end = ([100 * evaluations[:, i, SUCCESS] for evaluations in strata] for i in (0, -1))
+    mean, low, high = mean_and_interval(*end)
+    steps, minutes = ([first(runs, level, column, pattern) for level in (0.9, 0.95)]
+                      for column, pattern in ((STEP, "{:,.0f}"), (SECONDS, "{:.1f}")))
+    return {
+        "environment": env,
+        "method": f"`{method}`",
+        "seeds": f"{len(runs)}",
+        "clone": f"{mean_and_interval(*clone)[0]:.0f}",
+        "at the end": f"**{mean:.0f}**" + (f" [{low:.0f}, {high:.0f}]" if np.isfinite(low) else ""),
+        "each seed": " ".join(f"{value:.0f}" for value in end[0]) if len(end) == 1 else "",
+        "worst": f"{round(100 * min((run[1:, SUCCESS] - run[0, SUCCESS]).min() for run in runs)):+d}",
+        "steps to 95 %": steps[1],
+        "minutes to 95 %": minutes[1],
+        "steps to 90, 95 %": ", ".join(steps),
+        "minutes to 90, 95 %": ", ".join(minutes),
+    }
+
+
+def table(titles, rows):
+    lines = [titles, *([cells[title] for title in titles] for cells in rows)]
+    head, *body = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join([head, f"|{'---|' * len(titles)}\n", *body])
+
+
+def tables(results):
+    """Returns: what belongs between the markers of each README."""
+    rows = {env: [row(env, method, [runs]) for method, runs in results[env].items()] for env in results}
+    main = [cells for group in rows.values() for cells in group if cells["method"].strip("`") in MAIN]
+    everywhere = [m for m in min(results.values(), key=len) if all(m in group for group in results.values())]
+    if len(results) > 1:
+        rows["all"] = [row("all", method, [results[env][method] for env in results]) for method in everywhere]
+    parts = [f"\n### {env}\n\n{table(LONG, group)}" for env, group in rows.items() if group]
+    long = "".join([LEGEND, *parts, "\n"])
+    return {ROOT / "README.md": table(SHORT, main), ROOT / "benchmark/README.md": long}
+
+
+def draw(results, path):
+    """A row of two axes for each environment: against steps, and against minutes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "success"  # the same file from the same results
+    figure = Figure(figsize=(10, 3.5 * len(results)), layout="tight")
+    axes = figure.subplots(len(results), 2, sharey=True, squeeze=False)
+    for pair, (env, methods) in zip(axes, results.items(), strict=True):
+        for method in (method for method in MAIN if method in methods):
+            mean, low, high = mean_and_interval(100 * methods[method][:, :, SUCCESS])
+            for axis, column, unit in zip(pair, (STEP, SECONDS), (1000, 60), strict=True):
+                x, color = methods[method][:, :, column].mean(0) / unit, f"C{MAIN.index(method)}"
+                axis.plot(x, mean, color=color, label=method)
+                axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+                axis.set(title=env, ylim=(0, 102))
+                axis.grid(alpha=0.3)
+        pair[0].set(xlabel="online environment steps / 1000", ylabel="success in per cent")
+        pair[1].set(xlabel="minutes since the clone")
+        pair[0].legend(loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main(args):
+    results, stale = read_results(args.results), []
+    for path, text in tables(results).items():
+        before, _, rest = path.read_text().partition(BEGIN)
+        old, end, after = rest.partition(END)
+        if not end:
+            sys.exit(f"report.py: {path} has no {BEGIN.strip()} followed by {END}.")
+        if old != text:
+            stale.append(str(path.relative_to(ROOT)))
+        if not args.check:
+            path.write_text(f"{before}{BEGIN}{text}{END}{after}")
+    if not args.check:
+        draw(results, ROOT / "assets/success.svg")
+    elif stale:
+        sys.exit(f"report.py: {' and '.join(stale)} are not the results; run python benchmark/report.py.")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
