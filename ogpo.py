@@ -66,7 +66,7 @@ class Args:
     success_at: Literal["end", "any"] = "end"  # an episode succeeds by its last step, or by any
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
-    chunk_size: int = 5  # T, actions in one chunk, executed open loop
+    chunk_size: int = 3  # T, actions in one chunk, executed open loop
     flow_steps: int = 5  # K, Euler steps from noise to chunk
     num_critics: int = 2  # M, members of the critic ensemble
     # offline phase
