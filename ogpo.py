@@ -82,7 +82,7 @@ class Args:
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
     q_aggregation: Literal["mean", "min"] = "mean"  # how the critics' values become one
-    best_of_n: int = 4  # act with the best of n candidates by the target critics
+    best_of_n: int = 1  # act with the best of n candidates by the target critics
     # OGPO
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # states of the batch that get a group of chains
