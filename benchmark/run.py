@@ -33,7 +33,7 @@ import poco
 ENVIRONMENTS = {"FetchPickAndPlace-v4": "", "FetchPush-v4": ""}  # with what to type for each, paths absolute
 METHODS = {  # what follows python
     "clone": "poco.py --critic-warmup 0 --total-timesteps 1",
-    "weak-clone": "poco.py --critic-warmup 0 --total-timesteps 1 --bc-steps 500",
+    "weak-clone": "poco.py --critic-warmup 0 --total-timesteps 1 --bc-steps 400",
     "poco": "poco.py",
     "poco-no-clip": "poco.py --clip-threshold 1e9",
     "poco-no-posterior": "poco.py --posterior-coef 0",
