@@ -768,11 +768,11 @@ def test_reach_improves_on_its_clone_and_evaluates_to_the_same(tmp_path):
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     results = re.findall(r"success ([\d.]+) \((\d+)/30\)", out)
-    assert len(results) == 3 and int(results[2][1]) >= int(results[0][1]) + 4
+    assert len(results) == 2 and int(results[1][1]) >= int(results[0][1]) + 4
     (command,) = set(re.findall(r"python poco.py (--evaluate .*)", out))
     process = start(poco.__file__, *command.split(), cwd=tmp_path)
     again, err = process.communicate(timeout=240)
-    assert process.returncode == 0 and f"success {results[2][0]} ({results[2][1]}/30)" in again, err
+    assert process.returncode == 0 and f"success {results[1][0]} ({results[1][1]}/30)" in again, err
 
 
 @pytest.mark.parametrize(("script", "signal_"), [(poco, signal.SIGINT), (ogpo, signal.SIGTERM)], ids=SCRIPTS)
