@@ -14,7 +14,7 @@ import tyro
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
-MAIN = "poco", "ogpo", "ogpo-weak"  # methods of the front page, in its order
+MAIN = "poco", "ogpo", "ogpo-weak", "qc", "fql", "sac"  # methods of the front page, in its order
 STEP, SECONDS, SUCCESS = 0, 1, 3  # columns of a result
 SHORT = "environment", "method", "seeds", "clone", "at the end", "worst", "steps to 95 %", "minutes to 95 %"
 LONG = "method", "clone", "at the end", "each seed", "worst", "steps to 90, 95 %", "minutes to 90, 95 %"

@@ -42,6 +42,9 @@ METHODS = {  # what follows python
     "ogpo-plain": "ogpo.py --success-coef 0 --no-conservative",
     "ogpo-success": "ogpo.py --no-conservative",
     "ogpo-conservative": "ogpo.py --success-coef 0",
+    "qc": "benchmark/qc.py",
+    "fql": "benchmark/fql.py",
+    "sac": "benchmark/sac.py",
 }
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
 COLUMNS = "global_step", "seconds", "eval/ode_success", "eval/success", "eval/return"
