@@ -522,11 +522,11 @@ def load_demonstrations(args):
 
 def run_controller(args):
     """Episodes of the built-in controller, with Gaussian noise."""
-    controller, rng = SCRIPTED.get(args.env_id.split("-")[0]), np.random.default_rng(args.seed)
-    require(controller, f"only {', '.join(SCRIPTED)} have a controller; type a file.npz, a Minari id or none")
+    task, rng = args.env_id.split(":")[-1].split("-")[0], np.random.default_rng(args.seed)
+    require(task in SCRIPTED, f"only {', '.join(SCRIPTED)} have a controller: type a file, Minari id or none")
 
     def act(obs):
-        actions = np.array([controller(o) for o in obs])
+        actions = np.array([SCRIPTED[task](o) for o in obs])
         return np.clip(actions + args.demo_noise * rng.standard_normal(actions.shape), -1, 1)
 
     first_seed = (2 * args.seed + 1) * 10**6

@@ -1,8 +1,8 @@
 """Demonstrations for OGBench's cube tasks by that package's own scripted oracle, as a file for --dataset.
 
     pip install ogbench "mujoco==3.11.0"
-    python benchmark/ogbench_demos.py --out cube-double.npz
-    python poco.py --env-id ogbench:cube-double-singletask-task2-v0 --dataset cube-double.npz
+    python benchmark/ogbench_demos.py --out runs/cube-double.npz
+    python poco.py --env-id ogbench:cube-double-singletask-task2-v0 --dataset runs/cube-double.npz
 
 The oracle moves one cube. It gets the next that is not at its goal once it has let go of the last.
 """
@@ -65,6 +65,7 @@ if __name__ == "__main__":
     env = gym.make(args.env_id)
     seeds = trange((2 * args.seed + 1) * 10**6, (2 * args.seed + 1) * 10**6 + args.num_demos)
     episodes = [demonstrate(env, seed, args.demo_noise) for seed in seeds]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez(args.out, **poco.to_columns(episodes))
     print(f"success {np.mean([e.success for e in episodes]):.2f},", end=" ")
     print(f"{np.mean([len(e.rewards) for e in episodes]):.0f} steps an episode")

@@ -95,20 +95,26 @@ def table(titles, rows):
     return "".join([head, f"|{'---|' * len(titles)}\n", *body])
 
 
+def comparisons(results):
+    """The environments with more than one method."""
+    return {env: methods for env, methods in results.items() if len(methods) > 1}
+
+
 def tables(results):
     """Returns: what belongs between the markers of each README."""
     rows = {env: [row(env, method, [runs]) for method, runs in results[env].items()] for env in results}
     main = [cells for group in rows.values() for cells in group if cells["method"].strip("`") in MAIN]
-    everywhere = [m for m in min(results.values(), key=len) if all(m in group for group in results.values())]
-    if len(results) > 1:
-        rows["all"] = [row("all", method, [results[env][method] for env in results]) for method in everywhere]
+    several = comparisons(results).values()
+    everywhere = [method for method in MAIN if all(method in methods for methods in several)]
+    if len(several) > 1:
+        rows["all"] = [row("all", method, [methods[method] for methods in several]) for method in everywhere]
     parts = [f"\n### {env}\n\n{table(LONG, group)}" for env, group in rows.items() if group]
     long = "".join([LEGEND, *parts, "\n"])
     return {ROOT / "README.md": table(SHORT, main), ROOT / "benchmark/README.md": long}
 
 
 def draw(results, path):
-    """A row of two axes for each environment: against steps, and against minutes."""
+    """A row of two axes for each comparison: against steps, and against minutes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -142,7 +148,7 @@ def main(args):
         if not args.check:
             path.write_text(f"{before}{BEGIN}{text}{END}{after}")
     if not args.check:
-        draw(results, ROOT / "assets/success.svg")
+        draw(comparisons(results), ROOT / "assets/success.svg")
     elif stale:
         sys.exit(f"report.py: {' and '.join(stale)} are not the results; run python benchmark/report.py.")
 

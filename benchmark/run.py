@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 import ogpo
 import poco
 
-ENVIRONMENTS = {"FetchPickAndPlace-v4": "", "FetchPush-v4": ""}  # with what to type for each, paths absolute
+CUBES = f"--dataset {ROOT}/runs/cube-double.npz --eval-interval 5000"  # a failure takes 500 steps
+ENVIRONMENTS = {"ogbench:cube-double-singletask-task2-v0": CUBES}  # what to type for them, paths absolute
 METHODS = {  # what follows python
     "clone": "poco.py --critic-warmup 0 --total-timesteps 1",
     "weak-clone": "poco.py --critic-warmup 0 --total-timesteps 1 --bc-steps 400",
@@ -52,7 +53,7 @@ COLUMNS = "global_step", "seconds", "eval/ode_success", "eval/success", "eval/re
 
 @dataclass
 class Args:
-    envs: tuple[str, ...] = tuple(ENVIRONMENTS)
+    envs: tuple[str, ...] = ("FetchPickAndPlace-v4", "FetchPush-v4")
     methods: tuple[str, ...] = ("poco", "ogpo", "ogpo-weak")
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     total_timesteps: int = DEFAULTS["total_timesteps"]  # with more, runs that have ended go on
