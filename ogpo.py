@@ -88,7 +88,7 @@ class Args:
     ppo_batch_size: int = 32  # states of the batch that get a group of chains
     sigma: float = 1.0  # noise of the stochastic sampler
     clip_epsilon: float = 0.005  # clip of the chains' probability ratio, 1 +- epsilon
-    ppo_learning_rate: float = 1e-4  # step size of Adam online
+    ppo_learning_rate: float = 2e-4  # step size of Adam online
     policy_tau: float = 0.1  # Polyak rate of the old policy, from which the chains come
     conservative: bool = True  # OGPO+CA: count an advantage only where all critics agree on its sign
     success_coef: float = 1.0  # OGPO+: weight of L_BC on the successes online; 0: off
