@@ -523,7 +523,7 @@ def load_demonstrations(args):
 def run_controller(args):
     """Episodes of the built-in controller, with Gaussian noise."""
     task, rng = args.env_id.split(":")[-1].split("-")[0], np.random.default_rng(args.seed)
-    require(task in SCRIPTED, f"only {', '.join(SCRIPTED)} have a controller: type a file, Minari id or none")
+    require(task in SCRIPTED, f"only {', '.join(SCRIPTED)} have controllers; use a file, a Minari id or none")
 
     def act(obs):
         actions = np.array([SCRIPTED[task](o) for o in obs])
