@@ -152,11 +152,12 @@ class FlowPolicy(nn.Module):
         mask = valid.repeat_interleave(chunk.shape[1] // valid.shape[1], dim=1)  # (B, D)
         return (error * mask).sum(1) / mask.sum(1)
 
-    def sample(self, obs, noise=None):
+    def sample(self, obs, noise=None, flow_steps=None):
         """K Euler steps from noise x_0 (B, D). Args: obs (B, O). Returns: chunks (B, D) in [-1, 1]."""
         x = torch.randn(len(obs), self.chunk_dim, device=obs.device) if noise is None else noise
-        for k in range(self.flow_steps):
-            x = x + self.velocity(obs, x, torch.full_like(x[:, :1], k / self.flow_steps)) / self.flow_steps
+        num_steps = flow_steps or self.flow_steps
+        for k in range(num_steps):
+            x = x + self.velocity(obs, x, torch.full_like(x[:, :1], k / num_steps)) / num_steps
         return x.clamp(-1, 1)
 
 
@@ -505,9 +506,7 @@ class Environment:
             obs, reward, terminated, truncated, info = self.env.step(self.to_own_range(action))
         self.steps.append((self.obs, action, float(reward)))
         self.obs = gym.spaces.flatten(self.space, obs)
-        success = info.get("is_success", info.get("success"))  # Fetch, hands; Adroit, mazes, OGBench
-        if "episode_task_completions" in info:  # FrankaKitchen
-            success = len(info["episode_task_completions"]) == len(self.env.unwrapped.goal)
+        success = info.get("is_success", info.get("success"))  # Fetch; Adroit, OGBench
         if success is not None:
             self.reporting.add(self.name)
         success = float(success or 0) if self.name in self.reporting else math.nan
@@ -554,12 +553,12 @@ def start_rollout(policy, critic, args, run):
 
 
 def collect_episodes(args, act, seeds, *show):
-    """One episode a seed, so that long ones count as often as short ones."""
+    """One episode a seed: long ones count as often as short ones."""
     envs, episodes = [Environment(args, *show)] + [Environment(args) for _ in seeds[1 : args.num_envs]], {}
     for ended in progress(rollout(envs, act, itertools.count(seeds.start))):
         episodes |= {episode.seed: episode for episode in ended if episode.seed in seeds}
         if len(episodes) == len(seeds):
-            envs[0].env.close()  # window or last video
+            envs[0].env.close()
             return [episodes[seed] for seed in seeds]
 
 
@@ -725,8 +724,7 @@ class Run:
         args, folder = self.args, self.folder
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            command = f"python {METHOD}.py --evaluate {folder}/policy.pt"
-            atexit.register(print, f"to go on: {self.command}\nto evaluate: {command}")
+            atexit.register(print, f"{self.command}\npython {METHOD}.py --evaluate {folder}/policy.pt")
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(str(folder))
@@ -833,7 +831,7 @@ def load_policy(path, args=None):
 
 # Precision and processes
 def in_blocks(net, rows):
-    """net(rows (..., B, in)), on a CPU in blocks that stay in its cache."""
+    """net(rows (..., B, in)), on a CPU in blocks that fit its cache."""
     size = math.ceil(2048 / math.prod(rows.shape[:-2])) if rows.device.type == "cpu" else rows.shape[-2]
     return torch.cat([net(block) for block in rows.split(size, dim=-2)], dim=-2)
 
@@ -891,7 +889,6 @@ def check(args):
         if value is True and name in packages:
             require(importlib.util.find_spec(packages[name]), f"{option} needs pip install {packages[name]}.")
     require(args.batch_size <= args.buffer_size, "--buffer-size is below --batch-size.")
-    require(not args.render or os.environ.get("DISPLAY") or sys.platform != "linux", "--render: no DISPLAY.")
     require(args.dataset != "none" or not args.save_dataset, "--save-dataset needs a --dataset.")
     if not args.evaluate:  # environments begin anew then
         longest = (Environment(args).env.spec.max_episode_steps or 1) * args.num_envs * NUM_RANKS

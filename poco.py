@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 METHOD = "poco"
-LEAST = {"seed": 0, "demo_noise": 0, "critic_warmup": 0, "utd_ratio": 0, "posterior_coef": 0}
+LEAST = {"seed": 0, "demo_noise": 0, "critic_warmup": 0, "utd_ratio": 0, "posterior_coef": 0, "batch_size": 2}
 MOST = {"gamma": 1, "tau": 1, "hidden_dim": 2**14, "effective_samples": 0.99}
 RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 CPU_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
@@ -88,7 +88,7 @@ class Args:
     effective_samples: float = 0.3  # sharpness of the weights: the share of N that counts
     temperature: float | None = None  # eta, in units of Q (default: from --effective-samples)
     posterior_coef: float = 1.0  # beta, weight of the posterior term
-    clip_threshold: float | None = None  # zeta, clip of a candidate's loss (default: the buffer's median)
+    clip_threshold: float | None = None  # zeta, clip of a candidate's loss (default: 0.9 quantile)
     # evaluation
     eval_interval: int = 2_500  # steps between evaluations, with checkpoints
     eval_episodes: int = 100  # episodes of an evaluation
@@ -144,11 +144,12 @@ class FlowPolicy(nn.Module):
         mask = valid.repeat_interleave(chunk.shape[1] // valid.shape[1], dim=1)  # (B, D)
         return (error * mask).sum(1) / mask.sum(1)
 
-    def sample(self, obs, noise=None):
+    def sample(self, obs, noise=None, flow_steps=None):
         """K Euler steps from noise x_0 (B, D). Args: obs (B, O). Returns: chunks (B, D) in [-1, 1]."""
         x = torch.randn(len(obs), self.chunk_dim, device=obs.device) if noise is None else noise
-        for k in range(self.flow_steps):
-            x = x + self.velocity(obs, x, torch.full_like(x[:, :1], k / self.flow_steps)) / self.flow_steps
+        num_steps = flow_steps or self.flow_steps
+        for k in range(num_steps):
+            x = x + self.velocity(obs, x, torch.full_like(x[:, :1], k / num_steps)) / num_steps
         return x.clamp(-1, 1)
 
 
@@ -252,13 +253,13 @@ def update_policy(policy, target_critic, optimizer, batch, args):
     n = args.num_candidates
     obs = batch.obs[: args.posterior_batch_size].repeat_interleave(n, dim=0)  # (B * N, O)
     with torch.no_grad(), mixed_precision(args, obs.device):
-        candidates = policy.sample(obs)
+        candidates = policy.sample(obs, flow_steps=2 * args.flow_steps)  # K would narrow the policy
         q = aggregate(target_critic(obs, candidates), args.q_aggregation).view(-1, n)
         weights = posterior_weights(q, args.temperature or adaptive_temperature(q, args.effective_samples))
     with mixed_precision(args, obs.device):
         candidate_losses = policy.bc_loss(obs, candidates, None).view(-1, n)
         bc_losses = policy.bc_loss(batch.obs, batch.chunk, batch.valid)
-    clip_threshold = args.clip_threshold or bc_losses.detach().median()
+    clip_threshold = args.clip_threshold or bc_losses.detach().quantile(0.9)
     loss = poco_loss(candidate_losses, weights, bc_losses, args.posterior_coef, clip_threshold)
     return {
         "losses/actor_grad_norm": gradient_step(optimizer, loss),
@@ -284,11 +285,12 @@ def train(args):
     device = start_process()
     policy, critic, new_buffer = make_networks(args, device)
     target_critic, buffer = copy.deepcopy(critic), new_buffer()
+    demo_buffer = buffer if args.dataset == "none" else new_buffer()
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
-    others = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer, "buffer": buffer}
-    run = Run(args, networks | others)  # with --resume, as the checkpoint has them
+    optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
+    run = Run(args, networks | optimizers | {"buffer": buffer, "demo_buffer": demo_buffer})
     demos = [] if run.rows else load_demonstrations(args)
     if args.policy and not run.rows:
         load_networks(args.policy, networks)
@@ -296,19 +298,20 @@ def train(args):
     compiled = partial(torch.compile, mode="reduce-overhead", disable=not args.compile)
     critic_step, policy_step = compiled(update_critic), compiled(update_policy)
 
-    # offline: clone the demonstrations, which stay in the buffer; learn the clone's values
+    # offline: clone the demonstrations; then the critics learn the clone's values
     if not run.rows:
         for episode in demos:
             buffer.add_episode(episode)
+            demo_buffer.add_episode(episode)
         for network in networks.values() if demos and not args.policy else ():
-            network.normalize.fit(buffer)
+            network.normalize.fit(demo_buffer)
         for _ in progress(range(args.bc_steps if demos and not args.policy else 0), "cloning"):
-            batch = buffer.sample(args.batch_size)
+            batch = demo_buffer.sample(args.batch_size)
             loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
             grad_norm = gradient_step(policy_optimizer, loss)
             run.record({"losses/bc_loss": loss.detach(), "losses/actor_grad_norm": grad_norm})
         for _ in progress(range(args.critic_warmup if demos else 0), "critics"):
-            batch = buffer.sample(args.batch_size)
+            batch = demo_buffer.sample(args.batch_size)
             run.record(critic_step(policy, critic, target_critic, critic_optimizer, batch, args))
         run.evaluate_and_save()
 
@@ -324,7 +327,8 @@ def train(args):
             for network in networks.values():
                 network.normalize.fit(buffer)
         for _ in range(updates):
-            batch = buffer.sample(args.batch_size)
+            pair = buffer.sample(args.batch_size // 2), demo_buffer.sample(args.batch_size // 2)
+            batch = Batch(*map(torch.cat, zip(*pair, strict=True)))  # the E-step takes the first
             run.record(critic_step(policy, critic, target_critic, critic_optimizer, batch, args))
             if args.dataset != "none" or run.step * args.utd_ratio > args.critic_warmup:
                 run.record(policy_step(policy, target_critic, policy_optimizer, batch, args))
@@ -429,9 +433,7 @@ class Environment:
             obs, reward, terminated, truncated, info = self.env.step(self.to_own_range(action))
         self.steps.append((self.obs, action, float(reward)))
         self.obs = gym.spaces.flatten(self.space, obs)
-        success = info.get("is_success", info.get("success"))  # Fetch, hands; Adroit, mazes, OGBench
-        if "episode_task_completions" in info:  # FrankaKitchen
-            success = len(info["episode_task_completions"]) == len(self.env.unwrapped.goal)
+        success = info.get("is_success", info.get("success"))  # Fetch; Adroit, OGBench
         if success is not None:
             self.reporting.add(self.name)
         success = float(success or 0) if self.name in self.reporting else math.nan
@@ -478,12 +480,12 @@ def start_rollout(policy, critic, args, run):
 
 
 def collect_episodes(args, act, seeds, *show):
-    """One episode a seed, so that long ones count as often as short ones."""
+    """One episode a seed: long ones count as often as short ones."""
     envs, episodes = [Environment(args, *show)] + [Environment(args) for _ in seeds[1 : args.num_envs]], {}
     for ended in progress(rollout(envs, act, itertools.count(seeds.start))):
         episodes |= {episode.seed: episode for episode in ended if episode.seed in seeds}
         if len(episodes) == len(seeds):
-            envs[0].env.close()  # window or last video
+            envs[0].env.close()
             return [episodes[seed] for seed in seeds]
 
 
@@ -649,8 +651,7 @@ class Run:
         args, folder = self.args, self.folder
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            command = f"python {METHOD}.py --evaluate {folder}/policy.pt"
-            atexit.register(print, f"to go on: {self.command}\nto evaluate: {command}")
+            atexit.register(print, f"{self.command}\npython {METHOD}.py --evaluate {folder}/policy.pt")
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(str(folder))
@@ -757,7 +758,7 @@ def load_policy(path, args=None):
 
 # Precision and processes
 def in_blocks(net, rows):
-    """net(rows (..., B, in)), on a CPU in blocks that stay in its cache."""
+    """net(rows (..., B, in)), on a CPU in blocks that fit its cache."""
     size = math.ceil(2048 / math.prod(rows.shape[:-2])) if rows.device.type == "cpu" else rows.shape[-2]
     return torch.cat([net(block) for block in rows.split(size, dim=-2)], dim=-2)
 
@@ -815,7 +816,6 @@ def check(args):
         if value is True and name in packages:
             require(importlib.util.find_spec(packages[name]), f"{option} needs pip install {packages[name]}.")
     require(args.batch_size <= args.buffer_size, "--buffer-size is below --batch-size.")
-    require(not args.render or os.environ.get("DISPLAY") or sys.platform != "linux", "--render: no DISPLAY.")
     require(args.dataset != "none" or not args.save_dataset, "--save-dataset needs a --dataset.")
     if not args.evaluate:  # environments begin anew then
         longest = (Environment(args).env.spec.max_episode_steps or 1) * args.num_envs * NUM_RANKS

@@ -253,13 +253,13 @@ class Peer:
     def concatenate(self, obs, *others):
         return jnp.concatenate([jnp.clip((obs - self.mean) / self.std, -10, 10), *others], axis=1)
 
-    def sample(self, params, obs, x_0):
-        def euler(x, t):
-            return x + self.velocity(params, obs, x, jnp.full((len(x), 1), t)) / self.args.flow_steps, None
+    def sample(self, params, obs, x_0, finer=1):
+        steps = finer * self.args.flow_steps
 
-        return jnp.clip(
-            jax.lax.scan(euler, x_0, jnp.arange(self.args.flow_steps) / self.args.flow_steps)[0], -1, 1
-        )
+        def euler(x, t):
+            return x + self.velocity(params, obs, x, jnp.full((len(x), 1), t)) / steps, None
+
+        return jnp.clip(jax.lax.scan(euler, x_0, jnp.arange(steps) / steps)[0], -1, 1)
 
     def bc_loss(self, params, obs, chunk, valid, x_0, t):
         error = (self.velocity(params, obs, (1 - t) * x_0 + t * chunk, t) - (chunk - x_0)) ** 2
@@ -329,7 +329,7 @@ class PocoPeer(Peer):
         obs = jnp.repeat(
             batch.obs[: self.args.posterior_batch_size], self.args.num_candidates, axis=0
         )  # (R, O)
-        chunks = self.sample(state["policy"], obs, x_0)
+        chunks = self.sample(state["policy"], obs, x_0, finer=2)
         q = self.q(state["target_critic"], obs, chunks).mean(0).reshape(-1, self.args.num_candidates)
         spread = jnp.maximum(q.std(1, ddof=1, keepdims=True), 1e-12)
         temperature = self.args.temperature or spread / math.sqrt(-math.log(self.args.effective_samples))
@@ -339,8 +339,8 @@ class PocoPeer(Peer):
         obs, chunks, weights = found
         losses = self.bc_loss(params, obs, chunks, jnp.ones((len(obs), 1)), *noise[0]).reshape(weights.shape)
         bc_losses = self.bc_loss(params, batch.obs, batch.chunk, batch.valid, *noise[1])
-        median = jnp.quantile(jax.lax.stop_gradient(bc_losses), 0.5, method="lower")  # as torch's
-        posterior = (weights * jnp.minimum(losses, self.args.clip_threshold or median)).sum(1).mean()
+        clip_threshold = self.args.clip_threshold or jnp.quantile(jax.lax.stop_gradient(bc_losses), 0.9)
+        posterior = (weights * jnp.minimum(losses, clip_threshold)).sum(1).mean()
         return self.args.posterior_coef * posterior + bc_losses.mean()
 
 
@@ -495,7 +495,7 @@ def matmul_flops(side: Torch, of_layer=lambda i, o: 2 * i * o) -> np.ndarray:
     sampling, value = args.flow_steps * policy, args.num_critics * critic
     if side.script is poco:
         rows = args.posterior_batch_size * args.num_candidates
-        candidates, loss = rows * (sampling + value), (rows + batch) * train_policy
+        candidates, loss = rows * (2 * sampling + value), (rows + batch) * train_policy  # 2 K steps
     else:
         rows = args.ppo_batch_size * args.group_size
         candidates, loss = rows * (sampling + value), (rows * args.flow_steps + batch) * train_policy
