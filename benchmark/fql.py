@@ -2,7 +2,7 @@
 
     python benchmark/fql.py --policy runs/.../clone.pt    takes poco.py's arguments, and --alpha
 
-The flow goes on cloning the whole buffer. The one-step policy mu(s, z) acts and is in the TD target; it is
+The flow goes on cloning poco.py's batches. The one-step policy mu(s, z) acts and is in the TD target; it is
 held to the flow's end from the same noise z, and its Q is maximised. While the critics warm up it learns to
 be the clone. Q is the target critics', as in poco.py, normalised as the public code advises for new tasks.
 """

@@ -3,7 +3,7 @@
     python benchmark/qc.py --policy runs/.../clone.pt    takes poco.py's arguments
 
 Acting and the TD target take the best of --best-of-n chunks, 32 as in the paper. The policy is not improved,
-it clones the whole buffer: demonstrations and what was chosen. As in the public code the critics choose the
+it clones poco.py's batches: demonstrations and what was chosen. As in the public code the critics choose the
 next chunk and the target critics value it; in acting the target critics choose, as in poco.py.
 """
 

@@ -1,9 +1,10 @@
-"""Writes the tables of both READMEs and draws assets/success.svg from the CSVs of benchmark/run.py.
+"""Writes the tables of both READMEs and draws the pictures of assets/ from the CSVs of benchmark/run.py.
 
     pip install -r benchmark/requirements.txt && python benchmark/report.py
     python benchmark/report.py --check    fails where a README says something else
 """
 
+import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,18 +15,23 @@ import tyro
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import ogpo
+import poco
+
 MAIN = "poco", "ogpo", "ogpo-weak", "qc", "fql", "sac"  # methods of the front page, in its order
+DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
 STEP, SECONDS, SUCCESS = 0, 1, 3  # columns of a result
-SHORT = "environment", "method", "seeds", "clone", "at the end", "worst", "steps to 95 %", "minutes to 95 %"
-LONG = "method", "clone", "at the end", "each seed", "worst", "steps to 90, 95 %", "minutes to 90, 95 %"
+SHORT = "environment", "method", "seeds", "clone", "steps", "at the end", "worst", "to 95 %", "minutes to it"
+LONG = "method", "clone", "steps", "at the end", "each seed", "worst", "to 90, 95 %", "minutes to them"
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 LEGEND = """
 ## Results
 
 Success in per cent, of single samples for the clone. Clone and at the end: interquartile mean over the seeds,
 in brackets its 95 % interval by bootstrap of the seeds within each environment. Worst: the lowest evaluation
-of any seed, minus its clone's. Steps and minutes count from the clone on: median over the seeds, - where half
-of them or more did not get there.
+of any seed, minus its clone's. To 90, 95 %: environment steps and minutes from the clone on, median over the
+seeds, - where half of them or more did not get there.
 """
 
 
@@ -79,13 +85,14 @@ def row(env, method, strata):
         "method": f"`{method}`",
         "seeds": f"{len(runs)}",
         "clone": f"{mean_and_interval(*clone)[0]:.0f}",
+        "steps": ", ".join(dict.fromkeys(f"{runs[0, -1, STEP]:,.0f}".replace(",", " ") for runs in strata)),
         "at the end": f"**{mean:.0f}**" + (f" [{low:.0f}, {high:.0f}]" if np.isfinite(low) else ""),
         "each seed": " ".join(f"{value:.0f}" for value in end[0]) if len(end) == 1 else "",
         "worst": f"{round(100 * min((run[1:, SUCCESS] - run[0, SUCCESS]).min() for run in runs)):+d}",
-        "steps to 95 %": steps[1],
-        "minutes to 95 %": minutes[1],
-        "steps to 90, 95 %": ", ".join(steps),
-        "minutes to 90, 95 %": ", ".join(minutes),
+        "to 95 %": steps[1],
+        "minutes to it": minutes[1],
+        "to 90, 95 %": ", ".join(steps),
+        "minutes to them": ", ".join(minutes),
     }
 
 
@@ -98,6 +105,23 @@ def table(titles, rows):
 def comparisons(results):
     """The environments with more than one method."""
     return {env: methods for env, methods in results.items() if len(methods) > 1}
+
+
+def take_changes(results):
+    """Takes the methods with one other number, method+option=value, out of the results, if method is there.
+    Returns: by environment, method and option, (value, the seeds' success at its end), the default first."""
+    changes = {}
+    for env, methods in results.items():
+        for name in list(methods):
+            method, _, change = name.partition("+")
+            option, _, value = change.partition("=")
+            default = DEFAULTS.get(option.replace("-", "_"))
+            if isinstance(default, float | int) and "+" not in value and method in methods:
+                runs, base = methods.pop(name), methods[method]
+                at = base[0, :, STEP] == runs[0, -1, STEP]
+                points = changes.setdefault((env, method, option), [(default, base[:, at, SUCCESS])])
+                points.append((float(value), runs[:, -1, SUCCESS]))
+    return changes
 
 
 def tables(results):
@@ -113,14 +137,19 @@ def tables(results):
     return {ROOT / "README.md": table(SHORT, main), ROOT / "benchmark/README.md": long}
 
 
-def draw(results, path):
-    """A row of two axes for each comparison: against steps, and against minutes."""
+def new_figure(rows, columns, height):
+    """Returns: the figure and its axes (rows, columns)."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "success"  # the same file from the same results
-    figure = Figure(figsize=(10, 3.5 * len(results)), layout="tight")
-    axes = figure.subplots(len(results), 2, sharey=True, squeeze=False)
+    figure = Figure(figsize=(10, height * rows), layout="tight")
+    return figure, figure.subplots(rows, columns, sharey=True, squeeze=False)
+
+
+def draw(results, path):
+    """A row of two axes for each comparison: against steps, and against minutes."""
+    figure, axes = new_figure(len(results), 2, height=3.5)
     for pair, (env, methods) in zip(axes, results.items(), strict=True):
         for method in (method for method in MAIN if method in methods):
             mean, low, high = mean_and_interval(100 * methods[method][:, :, SUCCESS])
@@ -136,8 +165,24 @@ def draw(results, path):
     figure.savefig(path, metadata={"Date": None})
 
 
+def draw_changes(changes, path):
+    """An axis for each setting: every seed, the mean and, as a line, the default."""
+    figure, axes = new_figure(math.ceil(len(changes) / 4), 4, height=2.2)
+    for axis, ((_, method, option), points) in zip(axes.flat, changes.items(), strict=False):
+        axis.axvline(points[0][0], color="gray", linewidth=0.8)
+        for value, success in points:
+            axis.plot([value] * success.size, 100 * success.ravel(), ".", color="C0", alpha=0.5)
+        axis.plot(*zip(*sorted((value, 100 * success.mean()) for value, success in points), strict=True))
+        axis.set(title=f"{method} --{option}", xscale="log", ylim=(0, 102))
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(changes) :]:
+        axis.set_axis_off()
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main(args):
     results, stale = read_results(args.results), []
+    changes = take_changes(results)
     for path, text in tables(results).items():
         before, _, rest = path.read_text().partition(BEGIN)
         old, end, after = rest.partition(END)
@@ -149,6 +194,8 @@ def main(args):
             path.write_text(f"{before}{BEGIN}{text}{END}{after}")
     if not args.check:
         draw(comparisons(results), ROOT / "assets/success.svg")
+        if changes:
+            draw_changes(changes, ROOT / "assets/settings.svg")
     elif stale:
         sys.exit(f"report.py: {' and '.join(stale)} are not the results; run python benchmark/report.py.")
 
