@@ -610,7 +610,7 @@ def run_controller(args):
 
 def go(delta, gripper=-1.0):
     """Action of a proportional step along delta (metres); gripper 1 opens it, -1 closes it."""
-    return np.clip([*(15 * delta), gripper], -1, 1)  # an action of 1 moves about 3.3 cm
+    return np.clip([*(15 * delta), gripper], -1, 1)
 
 
 def fetch_push(obs):
@@ -622,7 +622,7 @@ def fetch_push(obs):
     line = to_goal / distance
     along = rel @ line
     wrong = max(np.linalg.norm((rel - along * line)[:2]) - 0.01, 0) + max(along + 0.04, 0)  # beside, ahead
-    ready = np.clip(1 - wrong / 0.02, 0, 1) * np.clip(1 - rel[2] / 0.03, 0, 1)  # blended: easier to clone
+    ready = np.clip(1 - wrong / 0.02, 0, 1) * np.clip(1 - rel[2] / 0.03, 0, 1)  # smooth
     target = ready * (0.8 * to_goal + along * line) - (1 - ready) * 0.06 * line
     return go(target - rel + [0, 0, np.clip(3 * wrong, 0, 0.08)])
 
@@ -716,7 +716,8 @@ class Run:
             require(command.startswith(f"{launcher} {METHOD}.py "), f"this run goes on by {command}")
             with explained(f"{self.folder} does not fit these arguments"):
                 for name, part in learner.items():
-                    part.load_state_dict(ranks[RANK][name])
+                    typed = {"param_groups": part.state_dict()["param_groups"]} if "optimizer" in name else {}
+                    part.load_state_dict(ranks[RANK][name] | typed)
             self.start_time -= self.rows[-1]["seconds"] if self.rows else 0
 
     def start(self):

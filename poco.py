@@ -84,11 +84,11 @@ class Args:
     best_of_n: int = 1  # act with the best of n candidates by the target critics
     # POCO
     num_candidates: int = 16  # N, chunks per state in the E-step
-    posterior_batch_size: int = 32  # states of the batch that get an E-step
-    effective_samples: float = 0.3  # sharpness of the weights: the share of N that counts
+    posterior_batch_size: int = 32  # states of a batch that get an E-step
+    effective_samples: float = 0.3  # sharpness of the weights: share of N that counts
     temperature: float | None = None  # eta, in units of Q (default: from --effective-samples)
-    posterior_coef: float = 1.0  # beta, weight of the posterior term
-    clip_threshold: float | None = None  # zeta, clip of a candidate's loss (default: 0.9 quantile)
+    posterior_coef: float = 1.0  # beta, weight of the E-step
+    clip_threshold: float | None = None  # zeta, clip of a candidate's loss (default: buffer's 0.9 quantile)
     # evaluation
     eval_interval: int = 2_500  # steps between evaluations, with checkpoints
     eval_episodes: int = 100  # episodes of an evaluation
@@ -267,7 +267,6 @@ def update_policy(policy, target_critic, optimizer, batch, args):
         "losses/bc_loss": bc_losses.detach().mean(),
         "losses/effective_samples": (1 / weights.square().sum(1)).mean(),  # 1 .. N
         "losses/clip_fraction": (candidate_losses > clip_threshold).float().mean(),
-        "losses/candidate_q_std": q.std(1, correction=0).mean(),
     }
 
 
@@ -537,7 +536,7 @@ def run_controller(args):
 
 def go(delta, gripper=-1.0):
     """Action of a proportional step along delta (metres); gripper 1 opens it, -1 closes it."""
-    return np.clip([*(15 * delta), gripper], -1, 1)  # an action of 1 moves about 3.3 cm
+    return np.clip([*(15 * delta), gripper], -1, 1)
 
 
 def fetch_push(obs):
@@ -549,7 +548,7 @@ def fetch_push(obs):
     line = to_goal / distance
     along = rel @ line
     wrong = max(np.linalg.norm((rel - along * line)[:2]) - 0.01, 0) + max(along + 0.04, 0)  # beside, ahead
-    ready = np.clip(1 - wrong / 0.02, 0, 1) * np.clip(1 - rel[2] / 0.03, 0, 1)  # blended: easier to clone
+    ready = np.clip(1 - wrong / 0.02, 0, 1) * np.clip(1 - rel[2] / 0.03, 0, 1)  # smooth
     target = ready * (0.8 * to_goal + along * line) - (1 - ready) * 0.06 * line
     return go(target - rel + [0, 0, np.clip(3 * wrong, 0, 0.08)])
 
@@ -643,7 +642,8 @@ class Run:
             require(command.startswith(f"{launcher} {METHOD}.py "), f"this run goes on by {command}")
             with explained(f"{self.folder} does not fit these arguments"):
                 for name, part in learner.items():
-                    part.load_state_dict(ranks[RANK][name])
+                    typed = {"param_groups": part.state_dict()["param_groups"]} if "optimizer" in name else {}
+                    part.load_state_dict(ranks[RANK][name] | typed)
             self.start_time -= self.rows[-1]["seconds"] if self.rows else 0
 
     def start(self):
