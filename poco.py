@@ -87,7 +87,7 @@ class Args:
     posterior_batch_size: int = 32  # states of a batch that get an E-step
     effective_samples: float = 0.3  # sharpness of the weights: share of N that counts
     temperature: float | None = None  # eta, in units of Q (default: from --effective-samples)
-    posterior_coef: float = 1.0  # beta, weight of the E-step
+    posterior_coef: float = 1.0  # beta, weight of the posterior term
     clip_threshold: float | None = None  # zeta, clip of a candidate's loss (default: buffer's 0.9 quantile)
     # evaluation
     eval_interval: int = 2_500  # steps between evaluations, with checkpoints
@@ -327,7 +327,7 @@ def train(args):
                 network.normalize.fit(buffer)
         for _ in range(updates):
             pair = buffer.sample(args.batch_size // 2), demo_buffer.sample(args.batch_size // 2)
-            batch = Batch(*map(torch.cat, zip(*pair, strict=True)))  # the E-step takes the first
+            batch = Batch(*map(torch.cat, zip(*pair, strict=True)))  # half are demonstrations
             run.record(critic_step(policy, critic, target_critic, critic_optimizer, batch, args))
             if args.dataset != "none" or run.step * args.utd_ratio > args.critic_warmup:
                 run.record(policy_step(policy, target_critic, policy_optimizer, batch, args))
