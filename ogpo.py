@@ -4,8 +4,8 @@
     python ogpo.py --resume runs/...                go on after Ctrl-C or a crash
     python ogpo.py --evaluate runs/.../policy.pt    see what came out
 
-The method ends with `train`; below is the machinery, in the order in which `train` uses it. Shapes: B batch,
-O observation, A action, T chunk_size, D = T * A, K flow_steps, G chains, M critics, E environments.
+The method ends with `train`, the machinery follows. Shapes: B batch, O observation, A action, T chunk_size,
+D = T * A, K flow_steps, G chains, M critics, E environments.
 """
 
 import atexit
@@ -88,7 +88,7 @@ class Args:
     ppo_batch_size: int = 32  # states of the batch that get a group of chains
     sigma: float = 1.0  # noise of the stochastic sampler
     clip_epsilon: float = 0.005  # clip of the chains' probability ratio, 1 +- epsilon
-    ppo_learning_rate: float = 2e-4  # step size of Adam online
+    ppo_learning_rate: float = 2e-4  # step size of Adam for the policy online
     policy_tau: float = 0.1  # Polyak rate of the old policy, from which the chains come
     conservative: bool = True  # OGPO+CA: count an advantage only where all critics agree on its sign
     success_coef: float = 1.0  # OGPO+: weight of L_BC on the successes online; 0: off
@@ -318,7 +318,7 @@ def update_policy(policy, old_policy, slow_policy, target_critic, optimizer, bat
                 ratio = (log_prob - chain_log_prob(slow_policy, obs, chain, args.sigma)).exp().view(-1, n)
                 penalised = chi2_penalised_q(q, ratio, args.chi2_coef, args.chi2_sharpness)
                 q = q + penalised - q.mean(0)  # members stay apart
-        spread = q.mean(0).std(1, correction=0).mean()  # makes epsilon and rates free of the rewards' scale
+        spread = q.mean(0).std(1, correction=0).mean()  # the rewards' scale drops out
         advantage = group_advantage(q, args.conservative) / spread.clamp(min=1e-12)
         loss, metrics = ppo_loss(log_prob, old_log_prob, advantage.flatten(), args.clip_epsilon)
         if args.success_coef and success:
@@ -394,7 +394,7 @@ def train(args):
             run.record({"charts/success": episode.success, "charts/episodic_return": episode.rewards.sum()})
             run.record({"charts/episodic_length": len(episode.rewards)})
         updates = run.advance()
-        if updates and args.dataset == "none" and not (args.policy or critic_optimizer.state):  # the first
+        if updates and args.dataset == "none" and not (args.policy or critic_optimizer.state):  # at first
             for network in networks.values():
                 network.normalize.fit(buffer)
         for _ in range(updates):
@@ -469,12 +469,13 @@ class ReplayBuffer:
 
     def load_state_dict(self, state):
         self.position, self.size = state["at"]
+        require(self.size in (self.position, self.capacity), "a full one cannot grow")
         self.steps[: self.size] = state["steps"]
 
 
 # Environments
 class Environment:
-    """An environment with flat observations (O,) and actions (A,) in [-1, 1], with its episode."""
+    """An environment with flat observations (O,), actions (A,) in [-1, 1], and its episode."""
     reporting = set()  # seen to report success: there a missing key means 0
 
     def __init__(self, args, mode=None, videos=None):
@@ -491,7 +492,7 @@ class Environment:
             self.env = gym.wrappers.RecordVideo(self.env, str(videos), disable_logger=True)
 
     def to_own_range(self, action):
-        low, high = self.box.low, self.box.high  # rounding may lead out of them
+        low, high = self.box.low, self.box.high  # rounding may leave them
         return np.clip(low + (action.reshape(low.shape) + 1) / 2 * (high - low), low, high).astype(low.dtype)
 
     def reset(self, seed):
@@ -531,9 +532,8 @@ def make_networks(args, device="cpu"):
 def rollout(envs, act, seeds):
     """Yields the episodes that end in each step of envs; act maps obs (E, O) to open-loop chunks (E, D)."""
     while True:
-        for env in envs:
-            if not env.steps:
-                env.reset(next(seeds))
+        for env in [env for env in envs if not env.steps]:
+            env.reset(next(seeds))
         fresh = [env for env in envs if not env.chunk]
         if fresh:
             obs = np.stack([env.obs for env in fresh])
@@ -544,7 +544,7 @@ def rollout(envs, act, seeds):
 
 
 def start_rollout(policy, critic, args, run):
-    """Begins environments and noise anew, by seed, rank and progress: no checkpoint holds them."""
+    """Begins environments and noise anew, by seed, rank, progress: none is saved."""
     for_torch, for_episodes = np.random.SeedSequence([args.seed, RANK, len(run.rows)]).generate_state(2)
     torch.manual_seed(int(for_torch))
     envs = [Environment(args) for _ in range(args.num_envs)]
@@ -805,7 +805,7 @@ def save_file(run, name, content):
 
 
 def read_file(path):
-    """Returns: what save_file was given. Raises: UserError."""
+    """Returns: arguments, content. Raises: UserError."""
     with explained(f"{path} is not there, damaged, or not of these scripts"):
         with zipfile.ZipFile(path) as archive:
             require(not archive.testzip(), "a checksum is wrong")  # torch does not compare them
@@ -897,7 +897,7 @@ def check(args):
 
 
 def main():
-    """Evaluates or trains; what is expected to go wrong ends in a sentence."""
+    """Evaluates or trains; what users get wrong ends in a sentence."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it
     try:
         args = tyro.cli(Args)

@@ -4,8 +4,8 @@
     python poco.py --resume runs/...                go on after Ctrl-C or a crash
     python poco.py --evaluate runs/.../policy.pt    see what came out
 
-The method ends with `train`; below is the machinery, in the order in which `train` uses it. Shapes: B batch,
-O observation, A action, T chunk_size, D = T * A, K flow_steps, N candidates, M critics, E environments.
+The method ends with `train`, the machinery follows. Shapes: B batch, O observation, A action, T chunk_size,
+D = T * A, K flow_steps, N candidates, M critics, E environments.
 """
 
 import atexit
@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 METHOD = "poco"
-LEAST = {"seed": 0, "demo_noise": 0, "critic_warmup": 0, "utd_ratio": 0, "posterior_coef": 0, "batch_size": 2}
+LEAST = {"seed": 0, "demo_noise": 0, "critic_warmup": 0, "utd_ratio": 0,
+         "posterior_coef": 0, "batch_size": 2, "num_candidates": 2}
 MOST = {"gamma": 1, "tau": 1, "hidden_dim": 2**14, "effective_samples": 0.99}
 RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
 CPU_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
@@ -217,7 +218,7 @@ def adaptive_temperature(q, effective_samples):
 
 def poco_loss(candidate_losses, weights, bc_losses, posterior_coef, clip_threshold):
     """Clipped M-step (equation 23): mean_s [beta sum_j w_j min(L_BC(chunk_j, s), zeta) + L_BC(chunk, s)].
-    Args: candidate_losses (B, N), without gradient beyond zeta; weights (B, N); bc_losses (B',). A scalar."""
+    Args: candidate_losses, weights (B, N); bc_losses (B',). A scalar."""
     posterior = (weights * candidate_losses.clamp(max=clip_threshold)).sum(1).mean()
     return posterior_coef * posterior + bc_losses.mean()
 
@@ -250,14 +251,13 @@ def update_critic(policy, critic, target_critic, optimizer, batch, args):
 
 def update_policy(policy, target_critic, optimizer, batch, args):
     """Draws N candidates a state, weighs them, regresses on them and on the buffer. Returns: metrics."""
-    n = args.num_candidates
-    obs = batch.obs[: args.posterior_batch_size].repeat_interleave(n, dim=0)  # (B * N, O)
+    obs = batch.obs[: args.posterior_batch_size].repeat_interleave(args.num_candidates, dim=0)  # (B * N, O)
     with torch.no_grad(), mixed_precision(args, obs.device):
         candidates = policy.sample(obs, flow_steps=2 * args.flow_steps)  # K would narrow the policy
-        q = aggregate(target_critic(obs, candidates), args.q_aggregation).view(-1, n)
+        q = aggregate(target_critic(obs, candidates), args.q_aggregation).view(-1, args.num_candidates)
         weights = posterior_weights(q, args.temperature or adaptive_temperature(q, args.effective_samples))
     with mixed_precision(args, obs.device):
-        candidate_losses = policy.bc_loss(obs, candidates, None).view(-1, n)
+        candidate_losses = policy.bc_loss(obs, candidates, None).view(q.shape)
         bc_losses = policy.bc_loss(batch.obs, batch.chunk, batch.valid)
     clip_threshold = args.clip_threshold or bc_losses.detach().quantile(0.9)
     loss = poco_loss(candidate_losses, weights, bc_losses, args.posterior_coef, clip_threshold)
@@ -265,7 +265,7 @@ def update_policy(policy, target_critic, optimizer, batch, args):
         "losses/actor_grad_norm": gradient_step(optimizer, loss),
         "losses/actor_loss": loss.detach(),
         "losses/bc_loss": bc_losses.detach().mean(),
-        "losses/effective_samples": (1 / weights.square().sum(1)).mean(),  # 1 .. N
+        "losses/effective_samples": (1 / weights.square().sum(1)).mean(),
         "losses/clip_fraction": (candidate_losses > clip_threshold).float().mean(),
     }
 
@@ -322,7 +322,7 @@ def train(args):
             run.record({"charts/success": episode.success, "charts/episodic_return": episode.rewards.sum()})
             run.record({"charts/episodic_length": len(episode.rewards)})
         updates = run.advance()
-        if updates and args.dataset == "none" and not (args.policy or critic_optimizer.state):  # the first
+        if updates and args.dataset == "none" and not (args.policy or critic_optimizer.state):  # at first
             for network in networks.values():
                 network.normalize.fit(buffer)
         for _ in range(updates):
@@ -395,12 +395,13 @@ class ReplayBuffer:
 
     def load_state_dict(self, state):
         self.position, self.size = state["at"]
+        require(self.size in (self.position, self.capacity), "a full one cannot grow")
         self.steps[: self.size] = state["steps"]
 
 
 # Environments
 class Environment:
-    """An environment with flat observations (O,) and actions (A,) in [-1, 1], with its episode."""
+    """An environment with flat observations (O,), actions (A,) in [-1, 1], and its episode."""
     reporting = set()  # seen to report success: there a missing key means 0
 
     def __init__(self, args, mode=None, videos=None):
@@ -417,7 +418,7 @@ class Environment:
             self.env = gym.wrappers.RecordVideo(self.env, str(videos), disable_logger=True)
 
     def to_own_range(self, action):
-        low, high = self.box.low, self.box.high  # rounding may lead out of them
+        low, high = self.box.low, self.box.high  # rounding may leave them
         return np.clip(low + (action.reshape(low.shape) + 1) / 2 * (high - low), low, high).astype(low.dtype)
 
     def reset(self, seed):
@@ -457,9 +458,8 @@ def make_networks(args, device="cpu"):
 def rollout(envs, act, seeds):
     """Yields the episodes that end in each step of envs; act maps obs (E, O) to open-loop chunks (E, D)."""
     while True:
-        for env in envs:
-            if not env.steps:
-                env.reset(next(seeds))
+        for env in [env for env in envs if not env.steps]:
+            env.reset(next(seeds))
         fresh = [env for env in envs if not env.chunk]
         if fresh:
             obs = np.stack([env.obs for env in fresh])
@@ -470,7 +470,7 @@ def rollout(envs, act, seeds):
 
 
 def start_rollout(policy, critic, args, run):
-    """Begins environments and noise anew, by seed, rank and progress: no checkpoint holds them."""
+    """Begins environments and noise anew, by seed, rank, progress: none is saved."""
     for_torch, for_episodes = np.random.SeedSequence([args.seed, RANK, len(run.rows)]).generate_state(2)
     torch.manual_seed(int(for_torch))
     envs = [Environment(args) for _ in range(args.num_envs)]
@@ -731,7 +731,7 @@ def save_file(run, name, content):
 
 
 def read_file(path):
-    """Returns: what save_file was given. Raises: UserError."""
+    """Returns: arguments, content. Raises: UserError."""
     with explained(f"{path} is not there, damaged, or not of these scripts"):
         with zipfile.ZipFile(path) as archive:
             require(not archive.testzip(), "a checksum is wrong")  # torch does not compare them
@@ -823,7 +823,7 @@ def check(args):
 
 
 def main():
-    """Evaluates or trains; what is expected to go wrong ends in a sentence."""
+    """Evaluates or trains; what users get wrong ends in a sentence."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it
     try:
         args = tyro.cli(Args)

@@ -36,6 +36,7 @@ METHODS = {  # what follows python
     "clone": "poco.py --critic-warmup 0 --total-timesteps 1",
     "weak-clone": "poco.py --critic-warmup 0 --total-timesteps 1 --bc-steps 400",
     "poco": "poco.py",
+    "poco-fixed": "poco.py --temperature 0.2 --clip-threshold 0.6",
     "poco-no-clip": "poco.py --clip-threshold 1e9",
     "poco-no-posterior": "poco.py --posterior-coef 0",
     "poco-uniform": "poco.py --temperature 1e9",
