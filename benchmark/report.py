@@ -103,8 +103,8 @@ def table(titles, rows):
 
 
 def comparisons(results):
-    """The environments with more than one method."""
-    return {env: methods for env, methods in results.items() if len(methods) > 1}
+    """The environments with more than one of the front page's methods."""
+    return {env: methods for env, methods in results.items() if len(methods.keys() & {*MAIN}) > 1}
 
 
 def take_changes(results):
