@@ -395,7 +395,7 @@ class ReplayBuffer:
 
     def load_state_dict(self, state):
         self.position, self.size = state["at"]
-        require(self.size in (self.position, self.capacity), "a full one cannot grow")
+        require(self.size in (self.position, self.capacity), "full buffers cannot grow")
         self.steps[: self.size] = state["steps"]
 
 
