@@ -21,9 +21,9 @@ import poco
 
 MAIN = "poco", "ogpo", "ogpo-weak", "qc", "fql", "sac"  # methods of the front page, in its order
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
-STEP, SECONDS, SUCCESS = 0, 1, 3  # columns of a result
-SHORT = "environment", "method", "seeds", "clone", "steps", "at the end", "worst", "to 95 %", "minutes to it"
-LONG = "method", "clone", "steps", "at the end", "each seed", "worst", "to 90, 95 %", "minutes to them"
+STEP, SECONDS, SUCCESS, RETURN = 0, 1, 3, 4  # columns of a result
+SHORT = "environment", "method", "seeds", "clone", "steps", "at the end", "worst", "to 90, 95 %", "minutes"
+LONG = "method", "clone", "steps", "at the end", "each seed", "return", "worst", "to 90, 95 %", "minutes"
 BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
 LEGEND = """
 ## Results
@@ -31,7 +31,8 @@ LEGEND = """
 Success in per cent, of single samples for the clone. Clone and at the end: interquartile mean over the seeds,
 in brackets its 95 % interval by bootstrap of the seeds within each environment. Worst: the lowest evaluation
 of any seed, minus its clone's. To 90, 95 %: environment steps and minutes from the clone on, median over the
-seeds, - where half of them or more did not get there.
+seeds, - where half of them or more did not get there. Return: mean sum of an episode's rewards, -1 for
+each step away from the goal (OGBench: for each cube).
 """
 
 
@@ -45,7 +46,8 @@ def read_results(folder):
     """Returns: by environment and method, evaluations (seeds, evaluations, columns)."""
     runs = defaultdict(dict)
     for path in folder.glob("*.csv"):
-        env, method, seed = path.stem.split("__")
+        _, method, seed = path.stem.split("__")
+        env = path.read_text().split("--env-id ")[1].split()[0]
         runs[env, method][int(seed)] = np.loadtxt(path, delimiter=",", skiprows=2, ndmin=2)
     results = defaultdict(dict)
     for env, method in sorted(runs, key=lambda key: (key[0], (*MAIN, key[1]).index(key[1]), key[1])):
@@ -88,11 +90,10 @@ def row(env, method, strata):
         "steps": ", ".join(dict.fromkeys(f"{runs[0, -1, STEP]:,.0f}".replace(",", " ") for runs in strata)),
         "at the end": f"**{mean:.0f}**" + (f" [{low:.0f}, {high:.0f}]" if np.isfinite(low) else ""),
         "each seed": " ".join(f"{value:.0f}" for value in end[0]) if len(end) == 1 else "",
+        "return": f"{mean_and_interval(strata[0][:, -1, RETURN])[0]:.1f}" if len(strata) == 1 else "",
         "worst": f"{round(100 * min((run[1:, SUCCESS] - run[0, SUCCESS]).min() for run in runs)):+d}",
-        "to 95 %": steps[1],
-        "minutes to it": minutes[1],
         "to 90, 95 %": ", ".join(steps),
-        "minutes to them": ", ".join(minutes),
+        "minutes": ", ".join(minutes),
     }
 
 
