@@ -38,7 +38,7 @@ METHODS = {  # what follows python
     "poco": "poco.py",
     "poco-fixed": "poco.py --temperature 0.2 --clip-threshold 0.6",
     "poco-no-clip": "poco.py --clip-threshold 1e9",
-    "poco-no-posterior": "poco.py --posterior-coef 0",
+    "poco-bc": "poco.py --posterior-coef 0",
     "poco-uniform": "poco.py --temperature 1e9",
     "ogpo": "ogpo.py",
     "ogpo-plain": "ogpo.py --success-coef 0 --no-conservative",
