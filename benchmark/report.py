@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import ogpo
 import poco
 
-MAIN = "poco", "ogpo", "ogpo-weak", "qc", "fql", "sac"  # methods of the front page, in its order
+MAIN = "poco", "ogpo", "poco-weak", "ogpo-weak", "qc", "fql", "sac"  # methods of the front page, in its order
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
 STEP, SECONDS, SUCCESS, RETURN = 0, 1, 3, 4  # columns of a result
 SHORT = "environment", "method", "seeds", "clone", "steps", "at the end", "worst", "to 90, 95 %", "minutes"
@@ -131,7 +131,7 @@ def tables(results):
     main = [cells for group in rows.values() for cells in group if cells["method"].strip("`") in MAIN]
     several = comparisons(results).values()
     everywhere = [method for method in MAIN if all(method in methods for methods in several)]
-    if len(several) > 1:
+    if len(several) > 1 and len(everywhere) > 1:
         rows["all"] = [row("all", method, [methods[method] for methods in several]) for method in everywhere]
     parts = [f"\n### {env}\n\n{table(LONG, group)}" for env, group in rows.items() if group]
     long = "".join([LEGEND, *parts, "\n"])
