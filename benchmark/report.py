@@ -20,6 +20,7 @@ import ogpo
 import poco
 
 MAIN = "poco", "ogpo", "poco-weak", "ogpo-weak", "qc", "fql", "sac"  # methods of the front page, in its order
+VARIANTS = "benchmark."  # environments of this folder, which the front page leaves out
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
 STEP, SECONDS, SUCCESS, RETURN = 0, 1, 3, 4  # columns of a result
 SHORT = "environment", "method", "seeds", "clone", "steps", "at the end", "worst", "to 90, 95 %", "minutes"
@@ -104,8 +105,9 @@ def table(titles, rows):
 
 
 def comparisons(results):
-    """The environments with more than one of the front page's methods."""
-    return {env: methods for env, methods in results.items() if len(methods.keys() & {*MAIN}) > 1}
+    """The front page's environments with more than one of its methods."""
+    return {env: methods for env, methods in results.items()
+            if len(methods.keys() & {*MAIN}) > 1 and not env.startswith(VARIANTS)}
 
 
 def take_changes(results):
@@ -128,7 +130,8 @@ def take_changes(results):
 def tables(results):
     """Returns: what belongs between the markers of each README."""
     rows = {env: [row(env, method, [runs]) for method, runs in results[env].items()] for env in results}
-    main = [cells for group in rows.values() for cells in group if cells["method"].strip("`") in MAIN]
+    main = [cells for env, group in rows.items() for cells in group
+            if cells["method"].strip("`") in MAIN and not env.startswith(VARIANTS)]
     several = comparisons(results).values()
     everywhere = [method for method in MAIN if all(method in methods for methods in several)]
     if len(several) > 1 and len(everywhere) > 1:
