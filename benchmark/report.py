@@ -50,8 +50,13 @@ def read_results(folder):
         _, method, seed = path.stem.split("__")
         env = path.read_text().split("--env-id ")[1].split()[0]
         runs[env, method][int(seed)] = np.loadtxt(path, delimiter=",", skiprows=2, ndmin=2)
+
+    def order(key):  # the front page's methods first
+        base = key[1].partition("+")[0]
+        return key[0], (*MAIN, base).index(base), key[1]
+
     results = defaultdict(dict)
-    for env, method in sorted(runs, key=lambda key: (key[0], (*MAIN, key[1]).index(key[1]), key[1])):
+    for env, method in sorted(runs, key=order):
         seeds = [run for _, run in sorted(runs[env, method].items())]
         if any(not np.array_equal(run[:, STEP], seeds[0][:, STEP]) for run in seeds):
             sys.exit(f"report.py: the seeds of {method} in {env} were not evaluated at the same steps.")
@@ -122,7 +127,7 @@ def take_changes(results):
             if isinstance(default, float | int) and "+" not in value and method in methods:
                 runs, base = methods.pop(name), methods[method]
                 at = base[0, :, STEP] == runs[0, -1, STEP]
-                points = changes.setdefault((env, method, option), [(default, base[:, at, SUCCESS])])
+                points = changes.setdefault((env, method, option), [(default, base[: len(runs), at, SUCCESS])])
                 points.append((float(value), runs[:, -1, SUCCESS]))
     return changes
 
