@@ -127,7 +127,8 @@ def take_changes(results):
             if isinstance(default, float | int) and "+" not in value and method in methods:
                 runs, base = methods.pop(name), methods[method]
                 at = base[0, :, STEP] == runs[0, -1, STEP]
-                points = changes.setdefault((env, method, option), [(default, base[: len(runs), at, SUCCESS])])
+                start = default, base[: len(runs), at, SUCCESS]  # the same seeds
+                points = changes.setdefault((env, method, option), [start])
                 points.append((float(value), runs[:, -1, SUCCESS]))
     return changes
 
@@ -182,8 +183,10 @@ def draw_changes(changes, path):
         for value, success in points:
             axis.plot([value] * success.size, 100 * success.ravel(), ".", color="C0", alpha=0.5)
         axis.plot(*zip(*sorted((value, 100 * success.mean()) for value, success in points), strict=True))
-        axis.set(title=f"{method} --{option}", xscale="log", ylim=(0, 102))
+        axis.set_title(f"{method} --{option}", fontsize="medium")
+        axis.set(xscale="log", ylim=(0, 102))
         axis.grid(alpha=0.3)
+    figure.supylabel("success in per cent", fontsize="medium")
     for axis in axes.flat[len(changes) :]:
         axis.set_axis_off()
     figure.savefig(path, metadata={"Date": None})
