@@ -116,7 +116,8 @@ def comparisons(results):
 
 
 def take_changes(results):
-    """Takes the methods with one other number, method+option=value, out of the results, if method is there.
+    """Takes the methods with one other number, method+option=value, out of the results, if method is there
+    and the default is no 0, which a logarithmic axis does not have.
     Returns: by environment, method and option, (value, the seeds' success at its end), the default first."""
     changes = {}
     for env, methods in results.items():
@@ -124,7 +125,7 @@ def take_changes(results):
             method, _, change = name.partition("+")
             option, _, value = change.partition("=")
             default = DEFAULTS.get(option.replace("-", "_"))
-            if isinstance(default, float | int) and "+" not in value and method in methods:
+            if default and isinstance(default, float | int) and "+" not in value and method in methods:
                 runs, base = methods.pop(name), methods[method]
                 at = base[0, :, STEP] == runs[0, -1, STEP]
                 start = default, base[: len(runs), at, SUCCESS]  # the same seeds
