@@ -45,6 +45,7 @@ METHODS = {  # what follows python
     "ogpo-success": "ogpo.py --no-conservative",
     "ogpo-conservative": "ogpo.py --success-coef 0",
     "ogpo-chi2": "ogpo.py --success-coef 0 --no-conservative --chi2-coef 0.1",
+    "ogpo-plus-chi2": "ogpo.py --chi2-coef 0.1",
     "ogpo-variance": "ogpo.py --success-coef 0 --no-conservative --next-samples 2",
     "qc": "benchmark/qc.py",
     "fql": "benchmark/fql.py",
