@@ -1,25 +1,26 @@
-"""POCO (arXiv 2604.01860): off-policy fine-tuning of a flow policy over action chunks as posterior inference.
+"""POCO (arXiv 2604.01860): off-policy fine-tuning of a flow policy as posterior inference.
 
-    python poco.py --env-id FetchPickAndPlace-v4    clone scripted demonstrations, then improve online
+    python poco.py --env-id FetchPickAndPlace-v4    clone demonstrations, then improve online
     python poco.py --resume runs/...                go on after Ctrl-C or a crash
     python poco.py --evaluate runs/.../policy.pt    see what came out
 
-The method ends with `train`, the machinery follows. Shapes: B batch, O observation, A action, T chunk_size,
-D = T * A, K flow_steps, N candidates, M critics, E environments.
+The method ends with `train`; the machinery follows in the order in which `train` uses it.
+Shapes: B batch, F features, A action, T chunk_size, D = T * A, K flow_steps, N candidates,
+M critics, E environments, S states with candidates.
 """
+
+from __future__ import annotations
 
 import atexit
 import contextlib
 import copy
-import importlib.util
-import io
+import csv
 import itertools
 import math
 import os
 import signal
 import sys
 import time
-import zipfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -36,12 +37,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 METHOD = "poco"
-LEAST = {"seed": 0, "demo_noise": 0, "critic_warmup": 0, "utd_ratio": 0,
-         "posterior_coef": 0, "batch_size": 2, "num_candidates": 2}
-MOST = {"gamma": 1, "tau": 1, "hidden_dim": 2**14, "effective_samples": 0.99}
-RANK, NUM_RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
-CPU_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
-progress = partial(tqdm, leave=False, disable=RANK > 0)
+RANK = int(os.environ.get("RANK", "0"))  # torchrun sets both
+NUM_RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "posterior_coef"]
+MAY_BE_ZERO += ["policy_start", "success_coef", "chi2_coef"]
+CPU_ABLE = torch.cpu.get_capabilities()
+CPU_BF16 = CPU_ABLE.get("amx_bf16", False) or CPU_ABLE.get("avx512_bf16", False)
+REFRESH = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
+progress = partial(tqdm, leave=False, mininterval=REFRESH, disable=RANK > 0)
 gym.register_envs(gymnasium_robotics)
 
 
@@ -59,10 +62,8 @@ class Args:
     policy: str | None = None  # start from a policy file of either script instead of cloning
     # task and data
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
-    dataset: str = "scripted"  # scripted, none, file.npz or a Minari id
-    save_dataset: Path | None = None  # write the demonstrations to this .npz file
-    num_demos: int = 200  # scripted demonstration episodes
-    demo_noise: float = 0.4  # standard deviation of the noise on their actions
+    dataset: str = "demos"  # file.npz, Minari id, none, or demos: the task's file in demos/
+    num_demos: int | None = None  # episodes of the dataset, drawn by --seed (default: all)
     success_at: Literal["end", "any"] = "end"  # an episode succeeds by its last step, or by any
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
@@ -77,19 +78,18 @@ class Args:
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     num_envs: int = 4  # environments stepped side by side
-    buffer_size: int = 1_000_000  # steps in the replay buffer
+    buffer_size: int = 1_000_000  # observations in the replay buffer
     utd_ratio: float = 0.5  # gradient updates per step
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
-    q_aggregation: Literal["mean", "min"] = "mean"  # how the critics' values become one
     best_of_n: int = 1  # act with the best of n candidates by the target critics
     # POCO
     num_candidates: int = 16  # N, chunks per state in the E-step
-    posterior_batch_size: int = 32  # states of a batch that get an E-step
+    posterior_batch_size: int = 32  # S, states of a batch that get an E-step, drawn at random
     effective_samples: float = 0.3  # sharpness of the weights: share of N that counts
     temperature: float | None = None  # eta, in units of Q (default: from --effective-samples)
     posterior_coef: float = 1.0  # beta, weight of the posterior term
-    clip_threshold: float | None = None  # zeta, clip of a candidate's loss (default: buffer's 0.9 quantile)
+    clip_threshold: float | None = None  # zeta, clip of a loss (default: the batch's 0.9 quantile)
     # evaluation
     eval_interval: int = 2_500  # steps between evaluations, with checkpoints
     eval_episodes: int = 100  # episodes of an evaluation
@@ -98,244 +98,331 @@ class Args:
     capture_video: bool = False  # record evaluations as MP4
 
 
+def check_method(args: Args):
+    """Raises: UserError for settings with which this method has no meaning."""
+    require(args.num_candidates >= 2, "--num-candidates must be at least 2.")
+    require(0 < args.effective_samples < 1, "--effective-samples must lie between 0 and 1.")
+    require(args.temperature is None or args.temperature > 0, "--temperature must be above 0.")
+
+
 # Networks
 class Normalizer(nn.Module):
-    """Shifts and scales observations. Its statistics, with that of rewards, travel in the state dict."""
-    def __init__(self, obs_dim):
+    """Shifts and scales observations by the data's statistics, which travel in the state dict."""
+    def __init__(self, obs_dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(obs_dim))
         self.register_buffer("std", torch.ones(obs_dim))
-        self.register_buffer("reward_scale", torch.ones(()))
 
-    def fit(self, buffer):
-        """Takes a buffer's statistics on all ranks. Constants are only shifted; the largest |reward| is 1."""
-        obs, _, _, rewards, _, _ = buffer.steps[: buffer.size].double().split(buffer.widths, dim=1)
-        moments = [obs.mean(0), obs.square().mean(0), rewards.abs().max()]
-        mean, square, largest = average_over_ranks(moments)
-        std = (square - mean**2).clamp(min=0).sqrt()
-        self.mean, self.std = mean.float(), torch.where(std < 1e-4, 1.0, std).float()
-        self.reward_scale = torch.where(largest > 0, 1 / largest, 1.0).float()
-
-    def forward(self, obs):
-        return ((obs - self.mean) / self.std).clamp(-10, 10)
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) / self.std).clamp(-10, 10).float()
 
 
 class FlowPolicy(nn.Module):
-    """Flow matching over action chunks along straight lines from noise (t = 0) to chunk (t = 1)."""
-    def __init__(self, obs_dim, chunk_dim, hidden_dim=256, flow_steps=5):
+    """Flow matching over action chunks, along straight lines from noise (t = 0) to chunk (t = 1).
+    `encode` makes features (B, F) of observations, once for a state; the rest works on features."""
+    def __init__(self, obs_dim: int, chunk_dim: int, hidden_dim: int = 256, flow_steps: int = 5):
         super().__init__()
-        self.chunk_dim, self.flow_steps, self.normalize = chunk_dim, flow_steps, Normalizer(obs_dim)
+        self.chunk_dim = chunk_dim
+        self.flow_steps = flow_steps
+        self.encode = Normalizer(obs_dim)
         layers = []
-        for i, o in itertools.pairwise([obs_dim + chunk_dim + 1] + [hidden_dim] * 3):
-            layers += [nn.Linear(i, o), nn.SiLU()]
+        for in_dim in (obs_dim + chunk_dim + 1, hidden_dim, hidden_dim):
+            layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, chunk_dim))
 
-    def velocity(self, obs, x, t):
-        """The flow's velocity v(x, t, s). Args: obs (B, O), x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
-        return in_blocks(self.net, torch.cat([self.normalize(obs), x, t], dim=1))
+    def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The flow's velocity v(x, t, s). Args: x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
+        return self.net(torch.cat([features, x, t], dim=1))
 
-    def bc_loss(self, obs, chunk, valid=None, noise=None, time=None):
-        """Flow-matching loss L_BC: squared error of the velocity, averaged over each chunk's valid entries.
-        Args: obs (B, O); chunk (B, D) in [-1, 1]; valid (B, T); noise (B, D); time (B, 1). Returns: (B,)."""
+    def bc_loss(self, features: Tensor, chunk: Tensor, valid=None, noise=None, time=None) -> Tensor:
+        """Flow-matching loss L_BC: squared error of the velocity, averaged over valid entries.
+        Args: chunk (B, D) in [-1, 1]; valid (B, T); noise (B, D); time (B, 1). Returns: (B,)."""
         x_0 = torch.randn_like(chunk) if noise is None else noise
         t = torch.rand_like(chunk[:, :1]) if time is None else time
         x_t = (1 - t) * x_0 + t * chunk
-        error = (self.velocity(obs, x_t, t) - (chunk - x_0)) ** 2  # (B, D)
-        valid = torch.ones_like(t) if valid is None else valid
-        mask = valid.repeat_interleave(chunk.shape[1] // valid.shape[1], dim=1)  # (B, D)
+        error = (self.velocity(features, x_t, t) - (chunk - x_0)) ** 2  # (B, D)
+        if valid is None:
+            return error.mean(1)
+        action_dim = chunk.shape[1] // valid.shape[1]
+        mask = valid.repeat_interleave(action_dim, dim=1)  # (B, D)
         return (error * mask).sum(1) / mask.sum(1)
 
-    def sample(self, obs, noise=None, flow_steps=None):
-        """K Euler steps from noise x_0 (B, D). Args: obs (B, O). Returns: chunks (B, D) in [-1, 1]."""
-        x = torch.randn(len(obs), self.chunk_dim, device=obs.device) if noise is None else noise
+    def sample(self, features: Tensor, noise=None, flow_steps=None) -> Tensor:
+        """K Euler steps from noise x_0 (B, D), or flow_steps. Returns: chunks (B, D) in [-1, 1]."""
         num_steps = flow_steps or self.flow_steps
+        x = noise
+        if noise is None:
+            x = torch.randn(len(features), self.chunk_dim, device=features.device)
         for k in range(num_steps):
-            x = x + self.velocity(obs, x, torch.full_like(x[:, :1], k / num_steps)) / num_steps
+            t = torch.full_like(x[:, :1], k / num_steps)
+            x = x + self.velocity(features, x, t) / num_steps
         return x.clamp(-1, 1)
 
 
 class EnsembleLinear(nn.Module):
     """M linear layers in one batched product, initialised as nn.Linear is."""
-    def __init__(self, num_critics, in_dim, out_dim):
+    def __init__(self, num_critics: int, in_dim: int, out_dim: int):
         super().__init__()
         bound = in_dim**-0.5
-        weight, bias = (torch.empty(num_critics, n, out_dim).uniform_(-bound, bound) for n in (in_dim, 1))
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        weight = torch.empty(num_critics, in_dim, out_dim)
+        bias = torch.empty(num_critics, 1, out_dim)
+        self.weight = nn.Parameter(weight.uniform_(-bound, bound))
+        self.bias = nn.Parameter(bias.uniform_(-bound, bound))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias, x, self.weight)  # (M, B, in) -> (M, B, out)
 
 
 class CriticEnsemble(nn.Module):
-    """M independent chunk values Q(s, chunk), MLPs with LayerNorm in the hidden layers."""
-    def __init__(self, obs_dim, chunk_dim, num_critics, hidden_dim=256):
+    """M independent chunk values Q(s, chunk) of rewards times reward_scale, which brings the
+    largest to 1; LayerNorm in the hidden layers. `encode` as in FlowPolicy."""
+    def __init__(self, obs_dim: int, chunk_dim: int, num_critics: int, hidden_dim: int = 256):
         super().__init__()
-        self.num_critics, self.normalize = num_critics, Normalizer(obs_dim)
-        layers, norm = [], nn.LayerNorm(hidden_dim, elementwise_affine=False)  # no weights
-        for i, o in itertools.pairwise([obs_dim + chunk_dim] + [hidden_dim] * 3):
-            layers += [EnsembleLinear(num_critics, i, o), norm, nn.SiLU()]
-        self.net, self.head = nn.Sequential(*layers), EnsembleLinear(num_critics, hidden_dim, 1)
+        self.num_critics = num_critics
+        self.encode = Normalizer(obs_dim)
+        self.register_buffer("reward_scale", torch.ones(()))
+        layers = []
+        for in_dim in (obs_dim + chunk_dim, hidden_dim, hidden_dim):
+            norm = nn.LayerNorm(hidden_dim, elementwise_affine=False)
+            layers += [EnsembleLinear(num_critics, in_dim, hidden_dim), norm, nn.SiLU()]
+        self.net = nn.Sequential(*layers)
+        self.head = EnsembleLinear(num_critics, hidden_dim, 1)
 
-    def forward(self, obs, chunk):
-        """Args: obs (B, O), chunk (B, D). Returns: Q (M, B)."""
-        x = torch.cat([self.normalize(obs), chunk], dim=1)
-        return in_blocks(self.value, x.expand(self.num_critics, -1, -1)).squeeze(2)
+    def forward(self, features: Tensor, chunk: Tensor) -> Tensor:
+        """Args: features (B, F), chunk (B, D). Returns: Q (M, B)."""
+        x = torch.cat([features, chunk], dim=1)
+        hidden = self.net(x.expand(self.num_critics, -1, -1))
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has -20.0 for -20.06
+            return self.head(hidden.float()).squeeze(2)
 
-    def value(self, x):  # (M, B, O + D) -> (M, B, 1)
-        hidden = self.net(x)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 cannot tell -20.0 from -20.06
-            return self.head(hidden.float())
+
+def make_networks(args: Args, obs_space: gym.spaces.Box, action_dim: int):
+    """Returns: policy and critics. The learning part knows of a policy encode, bc_loss and sample,
+    of critics encode, forward and reward_scale."""
+    obs_dim = math.prod(obs_space.shape)
+    chunk_dim = args.chunk_size * action_dim
+    policy = FlowPolicy(obs_dim, chunk_dim, args.hidden_dim, args.flow_steps)
+    critic = CriticEnsemble(obs_dim, chunk_dim, args.num_critics, args.hidden_dim)
+    return policy, critic
 
 
 # The method
-def aggregate(q, how):
-    """One value from the ensemble's. Args: q (M, ...); how, "mean" or "min". Returns: (...)."""
-    return q.mean(0) if how == "mean" else q.amin(0)
-
-
-def td_target(reward, next_q, terminated, gamma, chunk_size):
-    """T-step target y = sum_i gamma^i r_{t+i} + gamma^T (1 - terminated) Q(s_{t+T}, chunk' of the policy).
-    Args: reward (B,), the discounted sum; next_q (B,); terminated (B,), 0 for a time limit. Returns: (B,)."""
+def td_target(reward: Tensor, next_q: Tensor, terminated: Tensor, gamma, chunk_size) -> Tensor:
+    """T-step target y = sum_i gamma^i r_{t+i} + gamma^T (1 - terminated) Q(s_{t+T}, chunk').
+    Args: reward (B,), the discounted sum; next_q (B,), of a chunk' of the policy; terminated (B,),
+    0 for a time limit. Returns: (B,)."""
     return reward + gamma**chunk_size * (1 - terminated) * next_q
 
 
-def critic_loss(q, target, known):
+def critic_loss(q: Tensor, target: Tensor, known: Tensor) -> Tensor:
     """Squared TD error where the target is known: not in a window that a time limit cut short.
     Args: q (M, B), target (B,), known (B,), 1 or 0. Returns: a scalar."""
-    return ((q - target) ** 2 * known).sum() / (len(q) * known.sum().clamp(min=1))
+    error = (q - target) ** 2 * known
+    return error.sum() / (len(q) * known.sum().clamp(min=1))
 
 
-def posterior_weights(q, temperature):
-    """Implicit E-step: w_j = softmax_j(Q_j / eta). Args: q (B, N), eta in units of Q. Returns: (B, N)."""
-    return torch.softmax((q - q.amax(1, keepdim=True)) / temperature, dim=1)  # Q / eta itself may be huge
+def posterior_weights(q: Tensor, temperature: float | Tensor) -> Tensor:
+    """Implicit E-step: w_j = softmax_j(Q_j / eta). Args: q (B, N), eta in units of Q.
+    Returns: (B, N)."""
+    best = q.amax(1, keepdim=True)  # Q / eta itself may be huge
+    return torch.softmax((q - best) / temperature, dim=1)
 
 
-def adaptive_temperature(q, effective_samples):
-    """Eta in proportion to the spread of each state's Q. For large N and normal Q, 1 / sum_j w_j^2 is
-    N exp(-(std / eta)^2) = effective_samples N. Args: q (B, N); effective_samples < 1. Returns: (B, 1)."""
-    return q.std(1, keepdim=True).clamp(min=1e-12) / math.sqrt(-math.log(effective_samples))
+def adaptive_temperature(q: Tensor, effective_samples: float) -> Tensor:
+    """Eta in proportion to the spread of each state's Q. For large N and normal Q, 1 / sum_j w_j^2
+    is N exp(-(std / eta)^2) = effective_samples N. Args: q (B, N). Returns: (B, 1)."""
+    spread = q.std(1, keepdim=True).clamp(min=1e-12)
+    return spread / math.sqrt(-math.log(effective_samples))
 
 
-def poco_loss(candidate_losses, weights, bc_losses, posterior_coef, clip_threshold):
-    """Clipped M-step (equation 23): mean_s [beta sum_j w_j min(L_BC(chunk_j, s), zeta) + L_BC(chunk, s)].
-    Args: candidate_losses, weights (B, N); bc_losses (B',). A scalar."""
-    posterior = (weights * candidate_losses.clamp(max=clip_threshold)).sum(1).mean()
+def poco_loss(candidate_losses, weights, bc_losses, posterior_coef, clip_threshold) -> Tensor:
+    """Clipped M-step (equation 23): mean_s [beta sum_j w_j min(L_BC(chunk_j, s), zeta)] + mean
+    L_BC(chunk, s) of the batch. Args: candidate_losses, weights (S, N); bc_losses (B,).
+    Returns: a scalar."""
+    clipped = candidate_losses.clamp(max=clip_threshold)
+    posterior = (weights * clipped).sum(1).mean()
     return posterior_coef * posterior + bc_losses.mean()
 
 
-def gradient_step(optimizer, loss):
-    """A step of fused Adam; a gradient that is not finite changes no weight. Returns: its norm."""
-    optimizer.zero_grad()
-    loss.backward()
-    gradients = average_over_ranks([parameter.grad for parameter in optimizer.param_groups[0]["params"]])
-    norm = nn.utils.get_total_norm(gradients)
-    optimizer.found_inf = (~torch.isfinite(norm)).float()  # read by the kernel
-    optimizer.step()
-    return norm
-
-
-def update_critic(policy, critic, target_critic, optimizer, batch, args):
+def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: Args) -> dict:
     """One TD step on chunks, then a Polyak step of the targets. Returns: metrics."""
-    with torch.no_grad(), mixed_precision(args, batch.obs.device):
-        next_q = aggregate(target_critic(batch.next_obs, policy.sample(batch.next_obs)), args.q_aggregation)
-        reward = critic.normalize.reward_scale * batch.reward
+    device = batch.obs.device
+    with torch.no_grad(), mixed_precision(args, device):
+        next_chunk = policy.sample(policy.encode(batch.next_obs))
+        next_features = target_critic.encode(batch.next_obs)
+        next_q = target_critic(next_features, next_chunk).mean(0)  # (B,)
+        reward = critic.reward_scale * batch.reward
         target = td_target(reward, next_q, batch.terminated, args.gamma, args.chunk_size)
-    with mixed_precision(args, batch.obs.device):
-        q = critic(batch.obs, batch.chunk)  # (M, B)
-    loss = critic_loss(q, target, torch.maximum(batch.valid[:, -1], batch.terminated))
-    norm, values = gradient_step(optimizer, loss), q.detach().mean()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(target_critic.parameters()), list(critic.parameters()), args.tau)
-    return {"losses/qf_loss": loss.detach(), "losses/qf_values": values, "losses/qf_grad_norm": norm}
+
+    with mixed_precision(args, device):
+        q = critic(critic.encode(batch.obs), batch.chunk)  # (M, B)
+    known = torch.maximum(batch.valid[:, -1], batch.terminated)
+    loss = critic_loss(q, target, known)
+    grad_norm = gradient_step(optimizer, loss)
+    move_towards(target_critic, critic, args.tau)
+    return {
+        "losses/qf_loss": loss.detach(),
+        "losses/qf_values": q.detach().mean(),
+        "losses/qf_grad_norm": grad_norm,
+    }
 
 
-def update_policy(policy, target_critic, optimizer, batch, args):
-    """Draws N candidates a state, weighs them, regresses on them and on the buffer. Returns: metrics."""
-    obs = batch.obs[: args.posterior_batch_size].repeat_interleave(args.num_candidates, dim=0)  # (B * N, O)
-    with torch.no_grad(), mixed_precision(args, obs.device):
-        candidates = policy.sample(obs, flow_steps=2 * args.flow_steps)  # K would narrow the policy
-        q = aggregate(target_critic(obs, candidates), args.q_aggregation).view(-1, args.num_candidates)
-        weights = posterior_weights(q, args.temperature or adaptive_temperature(q, args.effective_samples))
-    with mixed_precision(args, obs.device):
-        candidate_losses = policy.bc_loss(obs, candidates, None).view(q.shape)
-        bc_losses = policy.bc_loss(batch.obs, batch.chunk, batch.valid)
+def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) -> dict:
+    """E-step on S random states of the batch, M-step on their candidates and on the whole batch.
+    Returns: metrics."""
+    device = batch.obs.device
+    order = torch.rand(len(batch.obs), device=device).argsort()
+    states = order[: args.posterior_batch_size]
+    with mixed_precision(args, device):
+        features = policy.encode(batch.obs)  # (B, F)
+    repeated = features[states].repeat_interleave(args.num_candidates, dim=0)  # (S * N, F)
+
+    # E-step: candidates of the current policy, weighed by the target critics
+    with torch.no_grad(), mixed_precision(args, device):
+        candidates = policy.sample(repeated, flow_steps=2 * args.flow_steps)  # K narrow the policy
+        critic_features = target_critic.encode(batch.obs[states])
+        critic_features = critic_features.repeat_interleave(args.num_candidates, dim=0)
+        q = target_critic(critic_features, candidates).mean(0)
+        q = q.view(-1, args.num_candidates)  # (S, N)
+        temperature = args.temperature or adaptive_temperature(q, args.effective_samples)
+        weights = posterior_weights(q, temperature)
+
+    # M-step: regression on the candidates, and on the batch as the trust region
+    with mixed_precision(args, device):
+        candidate_losses = policy.bc_loss(repeated, candidates).view(q.shape)
+        bc_losses = policy.bc_loss(features, batch.chunk, batch.valid)
     clip_threshold = args.clip_threshold or bc_losses.detach().quantile(0.9)
     loss = poco_loss(candidate_losses, weights, bc_losses, args.posterior_coef, clip_threshold)
+    grad_norm = gradient_step(optimizer, loss)
     return {
-        "losses/actor_grad_norm": gradient_step(optimizer, loss),
         "losses/actor_loss": loss.detach(),
+        "losses/actor_grad_norm": grad_norm,
         "losses/bc_loss": bc_losses.detach().mean(),
         "losses/effective_samples": (1 / weights.square().sum(1)).mean(),
         "losses/clip_fraction": (candidate_losses > clip_threshold).float().mean(),
     }
 
 
+def update_clone(policy, optimizer, batch: Batch) -> dict:
+    """One step of behaviour cloning. Returns: metrics."""
+    features = policy.encode(batch.obs)
+    loss = policy.bc_loss(features, batch.chunk, batch.valid).mean()
+    grad_norm = gradient_step(optimizer, loss)
+    return {"losses/bc_loss": loss.detach(), "losses/actor_grad_norm": grad_norm}
+
+
 @torch.no_grad()
-def choose_chunks(policy, critic, best_of_n, obs):
-    """Samples n chunks for each observation (E, O) and takes the best by the critics. Returns: (E, D)."""
-    obs = torch.as_tensor(obs.repeat(best_of_n, 0), dtype=torch.float32, device=policy.normalize.mean.device)
-    chunks = policy.sample(obs)
-    best = critic(obs, chunks).mean(0).view(-1, best_of_n).argmax(1, keepdim=True)  # (E, 1)
-    return chunks.view(len(best), best_of_n, -1).take_along_dim(best[..., None], dim=1)[:, 0].cpu().numpy()
+def choose_chunks(policy, critic, obs: Tensor, best_of_n: int) -> Tensor:
+    """Samples n chunks for each observation (E, ...), takes the critics' best. Returns: (E, D)."""
+    obs = obs.to(next(policy.parameters()).device)
+    features = policy.encode(obs).repeat_interleave(best_of_n, dim=0)
+    chunks = policy.sample(features)  # (E * n, D)
+    if best_of_n == 1:
+        return chunks
+    critic_features = critic.encode(obs).repeat_interleave(best_of_n, dim=0)
+    q = critic(critic_features, chunks).mean(0)
+    best = q.view(-1, best_of_n).argmax(1)  # (E,)
+    first = torch.arange(0, len(chunks), best_of_n, device=obs.device)
+    return chunks[first + best]
 
 
-def train(args):
-    """Clones demonstrations, then improves the policy online: act, learn, evaluate, save."""
+def draw_batch(buffer: ReplayBuffer, demo_buffer: ReplayBuffer, batch_size: int) -> Batch:
+    """Half own experience, half demonstrations (RLPD, arXiv 2302.02948); all of one kind while
+    there is none of the other."""
+    if len(demo_buffer) == 0:
+        return buffer.sample(batch_size)
+    if len(buffer) == 0:
+        return demo_buffer.sample(batch_size)
+    own = buffer.sample(batch_size // 2)
+    demos = demo_buffer.sample(batch_size - batch_size // 2)
+    return Batch(*map(torch.cat, zip(own, demos, strict=True)))
+
+
+def train(args: Args, make_networks=make_networks):
+    """Clones demonstrations, then improves the policy online: act, store, learn, evaluate.
+    Args: make_networks, as the one above: a variant of policy or critics comes in here."""
     device = start_process()
-    policy, critic, new_buffer = make_networks(args, device)
-    target_critic, buffer = copy.deepcopy(critic), new_buffer()
-    demo_buffer = buffer if args.dataset == "none" else new_buffer()
+    envs = start_environments(args, step=0)
+    torch.manual_seed(args.seed)  # equal networks on all ranks
+    policy, critic = make_networks(args, envs.obs_space, envs.action_dim)
+    if args.policy and not args.resume:
+        _, policy, critic = load_policy(args.policy, args, make_networks)
+    policy.to(device)
+    critic.to(device)
+    target_critic = copy.deepcopy(critic)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
+    compiled = partial(torch.compile, mode="reduce-overhead", disable=not args.compile)
+    critic_step = compiled(update_critic)
+    policy_step = compiled(update_policy)
+    buffer = ReplayBuffer(args, envs.obs_space, envs.action_dim, device)
+    demo_buffer = ReplayBuffer(args, envs.obs_space, envs.action_dim, device)
+
     networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
     optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
-    run = Run(args, networks | optimizers | {"buffer": buffer, "demo_buffer": demo_buffer})
-    demos = [] if run.rows else load_demonstrations(args)
-    if args.policy and not run.rows:
-        load_networks(args.policy, networks)
-    run.start()
-    compiled = partial(torch.compile, mode="reduce-overhead", disable=not args.compile)
-    critic_step, policy_step = compiled(update_critic), compiled(update_policy)
+    buffers = {"buffer": buffer, "demo_buffer": demo_buffer}
+    run = Run(args, networks | optimizers | buffers)
+    step = 0
+    critic_updates = 0
+    if args.resume:
+        step, critic_updates = run.load_checkpoint()
+    fresh = not run.rows  # not even the clone was evaluated
+    if fresh:
+        for episode in load_demonstrations(args, envs):
+            demo_buffer.add(episode)
+    envs.close()
+    from_nothing = len(demo_buffer) == 0 and not args.policy
+    run.open(step, critic_updates)
 
     # offline: clone the demonstrations; then the critics learn the clone's values
-    if not run.rows:
-        for episode in demos:
-            buffer.add_episode(episode)
-            demo_buffer.add_episode(episode)
-        for network in networks.values() if demos and not args.policy else ():
-            network.normalize.fit(demo_buffer)
-        for _ in progress(range(args.bc_steps if demos and not args.policy else 0), "cloning"):
-            batch = demo_buffer.sample(args.batch_size)
-            loss = policy.bc_loss(batch.obs, batch.chunk, batch.valid).mean()
-            grad_norm = gradient_step(policy_optimizer, loss)
-            run.record({"losses/bc_loss": loss.detach(), "losses/actor_grad_norm": grad_norm})
-        for _ in progress(range(args.critic_warmup if demos else 0), "critics"):
-            batch = demo_buffer.sample(args.batch_size)
-            run.record(critic_step(policy, critic, target_critic, critic_optimizer, batch, args))
-        run.evaluate_and_save()
+    if fresh:
+        if len(demo_buffer) > 0 and not args.policy:
+            fit_statistics(networks, demo_buffer)
+            for _ in progress(range(args.bc_steps), "cloning"):
+                batch = demo_buffer.sample(args.batch_size)
+                run.record(update_clone(policy, policy_optimizer, batch))
+        if len(demo_buffer) > 0:
+            for _ in progress(range(args.critic_warmup), "critics"):
+                batch = demo_buffer.sample(args.batch_size)
+                metrics = critic_step(policy, critic, target_critic, critic_optimizer, batch, args)
+                run.record(metrics)
+                critic_updates += 1
+        run.evaluate_and_save(step, critic_updates)
 
-    # online: act, learn the values, improve the policy
-    episodes = start_rollout(policy, target_critic, args, run)
-    while run.step < args.total_timesteps:
-        for episode in next(episodes):
-            buffer.add_episode(episode)
-            run.record({"charts/success": episode.success, "charts/episodic_return": episode.rewards.sum()})
-            run.record({"charts/episodic_length": len(episode.rewards)})
-        updates = run.advance()
-        if updates and args.dataset == "none" and not (args.policy or critic_optimizer.state):  # at first
-            for network in networks.values():
-                network.normalize.fit(buffer)
-        for _ in range(updates):
-            pair = buffer.sample(args.batch_size // 2), demo_buffer.sample(args.batch_size // 2)
-            batch = Batch(*map(torch.cat, zip(*pair, strict=True)))  # half are demonstrations
-            run.record(critic_step(policy, critic, target_critic, critic_optimizer, batch, args))
-            if args.dataset != "none" or run.step * args.utd_ratio > args.critic_warmup:
-                run.record(policy_step(policy, target_critic, policy_optimizer, batch, args))
-        if run.is_due(args.eval_interval):
-            run.evaluate_and_save()
-            episodes = start_rollout(policy, target_critic, args, run)
-        elif run.is_due(args.log_interval):
-            run.write_row()
+    # online: act, store, learn, evaluate
+    envs = start_environments(args, step)
+    steps_at_once = args.num_envs * NUM_RANKS
+    while step < args.total_timesteps:
+        if envs.waiting():
+            obs = envs.observations()
+            envs.set_chunks(choose_chunks(policy, target_critic, obs, args.best_of_n))
+        for episode in envs.step():
+            buffer.add(episode)
+            run.record_episode(episode)
+        step += steps_at_once
+        run.bar.update(steps_at_once)
+
+        enough = float(len(buffer) + len(demo_buffer) >= args.batch_size)
+        if over_ranks(torch.tensor(enough, device=device), dist.ReduceOp.MIN) == 1:
+            if from_nothing and critic_updates == 0:
+                fit_statistics(networks, buffer)
+            updates = int(step * args.utd_ratio) - int((step - steps_at_once) * args.utd_ratio)
+            for _ in range(updates):
+                batch = draw_batch(buffer, demo_buffer, args.batch_size)
+                metrics = critic_step(policy, critic, target_critic, critic_optimizer, batch, args)
+                run.record(metrics)
+                critic_updates += 1
+                if critic_updates > args.critic_warmup:
+                    run.record(policy_step(policy, target_critic, policy_optimizer, batch, args))
+
+        if step % args.eval_interval < steps_at_once or step >= args.total_timesteps:
+            for episode in envs.close():  # what is unfinished is cut off: no step is lost
+                buffer.add(episode)
+            run.evaluate_and_save(step, critic_updates)
+            envs = start_environments(args, step)
+        elif step % args.log_interval < steps_at_once:
+            run.write_row(step)
+    envs.close()
 
 
 # Replay buffer
@@ -344,7 +431,7 @@ class Trajectory(NamedTuple):
     obs: np.ndarray  # (n + 1, O), with that at the end
     actions: np.ndarray  # (n, A) in [-1, 1]
     rewards: np.ndarray  # (n,)
-    terminated: bool  # False: cut off by the time limit
+    terminated: bool  # False: cut off, by the time limit or an evaluation
     success: float  # 1 or 0, NaN if not reported
     seed: int = 0  # of the reset that began it
 
@@ -360,431 +447,526 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """A ring of environment steps. Each knows how many its episode has left: no window leaves an episode."""
-    def __init__(self, capacity, obs_dim, action_dim, chunk_size, gamma, device="cpu"):
-        self.capacity, self.chunk_size, self.gamma = capacity, chunk_size, gamma
-        self.widths = [obs_dim, obs_dim, action_dim, 1, 1, 1]  # ..., reward, terminated, steps left
-        self.steps = torch.from_numpy(np.zeros((capacity, sum(self.widths)), np.float32)).to(device)  # lazy
-        self.position = self.size = 0
+    """A ring of rows, one for each observation, in the type of its space. The next observation is
+    the next row's; the one at an episode's end has a row to itself, in which no window starts."""
+    def __init__(self, args, obs_space, action_dim, device="cpu"):
+        self.capacity = args.buffer_size
+        self.chunk_size = args.chunk_size
+        self.gamma = args.gamma
+        self.widths = [action_dim, 1, 1, 1]  # action, reward, whether its end terminates, left
+        obs = np.zeros((self.capacity, *obs_space.shape), obs_space.dtype)
+        steps = np.zeros((self.capacity, action_dim + 3), np.float32)
+        self.obs = torch.from_numpy(obs).to(device)
+        self.steps = torch.from_numpy(steps).to(device)
+        self.position = 0
+        self.size = 0
+        self.find_starts()
 
-    def add_episode(self, episode):
-        """Writes an episode, of a long one the end, over the oldest steps. Raises: UserError."""
-        obs, actions, rewards = episode[:3]
-        left = np.arange(len(actions), 0, -1)  # steps, this one included
-        rows = np.column_stack([obs[:-1], obs[1:], actions, rewards, (left == 1) * episode.terminated, left])
-        require(np.isfinite(rows).all(), "an observation, action or reward is NaN or infinite")
-        rows = torch.as_tensor(rows[-self.capacity :], dtype=torch.float32, device=self.steps.device)
-        self.position = (self.position + len(left)) % self.capacity
-        self.steps[(self.position - torch.arange(len(rows), 0, -1)) % self.capacity] = rows
-        self.size = min(self.size + len(rows), self.capacity)
+    def find_starts(self):
+        left = self.steps[: self.size, -1]
+        self.starts = left.nonzero()[:, 0]
+
+    def __len__(self):
+        return len(self.starts)
+
+    def add(self, episode):
+        """Writes an episode, of a long one the end, over the oldest rows. Raises: UserError."""
+        left = np.arange(len(episode.rewards), 0, -1)
+        terminates = np.full(len(left), episode.terminated)
+        steps = np.column_stack([episode.actions, episode.rewards, terminates, left])
+        steps = np.pad(steps, ((0, 1), (0, 0)))  # the row of the last observation
+        finite = np.isfinite(episode.obs).all() and np.isfinite(steps).all()
+        require(finite, "an observation, action or reward is NaN or infinite")
+
+        obs = torch.as_tensor(episode.obs[-self.capacity :])
+        steps = torch.as_tensor(steps[-self.capacity :])
+        rows = (self.position + torch.arange(len(obs))) % self.capacity
+        self.obs[rows] = obs.to(self.obs)
+        self.steps[rows] = steps.to(self.steps)
+        self.position = (self.position + len(obs)) % self.capacity
+        self.size = min(self.size + len(obs), self.capacity)
+        self.find_starts()
 
     def sample(self, batch_size):
-        """Windows with uniform first steps."""
-        start = torch.randint(self.size, (batch_size,), device=self.steps.device)
-        i = torch.arange(self.chunk_size, device=start.device)
-        steps = self.steps[(start[:, None] + i) % self.capacity]  # (B, T, width)
-        obs, next_obs, actions, rewards, terminated, left = steps.split(self.widths, dim=2)
-        valid = (i < left[:, 0]).float()  # (B, T)
-        last = torch.arange(batch_size, device=start.device), valid.sum(1).long() - 1
-        chunk = torch.where(valid[..., None] > 0, actions, actions.roll(1, 0)).flatten(1)
-        reward = (rewards[..., 0] * valid * self.gamma**i).sum(1)
-        return Batch(obs[:, 0], chunk, reward, next_obs[last], terminated[last][:, 0], valid)
+        """Windows that start in any step with equal probability."""
+        device = self.obs.device
+        drawn = torch.randint(len(self), (batch_size,), device=device)
+        start = self.starts[drawn]
+        i = torch.arange(self.chunk_size, device=device)
+        rows = (start[:, None] + i) % self.capacity
+        steps = self.steps[rows]  # (B, T, A + 3)
+        actions, rewards, terminates, left = steps.split(self.widths, dim=2)
+        left = left[:, 0]  # (B, 1)
+        valid = (i < left).float()  # (B, T)
+        filler = actions.roll(1, dims=0)  # after a termination every action is worth the same
+        chunk = torch.where(valid[..., None] > 0, actions, filler).flatten(1)
+        discount = valid * self.gamma**i
+        reward = (rewards[..., 0] * discount).sum(1)
+        terminated = terminates[:, 0, 0] * (left[:, 0] <= self.chunk_size)
+        after = (start + valid.sum(1).long()) % self.capacity
+        return Batch(self.obs[start], chunk, reward, self.obs[after], terminated, valid)
 
     def state_dict(self):
-        return {"at": [self.position, self.size], "steps": self.steps[: self.size].clone()}
+        return {
+            "position": self.position,
+            "obs": self.obs[: self.size].clone(),
+            "steps": self.steps[: self.size].clone(),
+        }
 
     def load_state_dict(self, state):
-        self.position, self.size = state["at"]
+        self.position = state["position"]
+        self.size = len(state["obs"])
         require(self.size in (self.position, self.capacity), "full buffers cannot grow")
+        self.obs[: self.size] = state["obs"]
         self.steps[: self.size] = state["steps"]
+        self.find_starts()
+
+
+def fit_statistics(networks, buffer):
+    """Gives every Normalizer the buffer's statistics, on all ranks, and critics the reward scale.
+    What is constant is only shifted. Args: networks, by name."""
+    obs = buffer.obs[: buffer.size].double()
+    mean = over_ranks(obs.mean(0) / NUM_RANKS, dist.ReduceOp.SUM)
+    variance = ((obs - mean) ** 2).mean(0)
+    std = over_ranks(variance / NUM_RANKS, dist.ReduceOp.SUM).sqrt()
+    std[std < 1e-4] = 1
+    rewards = buffer.steps[:, -3]
+    largest = over_ranks(rewards.abs().max(), dist.ReduceOp.MAX)
+    for module in nn.ModuleList(networks.values()).modules():
+        if isinstance(module, Normalizer):
+            module.mean.copy_(mean)
+            module.std.copy_(std)
+    if largest > 0:
+        networks["critic"].reward_scale.copy_(1 / largest)
+        networks["target_critic"].reward_scale.copy_(1 / largest)
 
 
 # Environments
 class Environment:
-    """An environment with flat observations (O,), actions (A,) in [-1, 1], and its episode."""
-    reporting = set()  # seen to report success: there a missing key means 0
-
-    def __init__(self, args, mode=None, videos=None):
-        self.name, self.at_any, self.steps = args.env_id, args.success_at == "any", []
+    """A Gymnasium environment with flat observations and actions in [-1, 1], its episode so far,
+    and what is left of its chunk. Raises: UserError where it cannot be used, or fails."""
+    def __init__(self, args, videos=None, **options):
+        self.name = args.env_id
+        self.success_at = args.success_at
         with explained(f"{self.name} cannot be used"):
-            self.env = gym.make(self.name, disable_env_checker=True, **{"render_mode": mode} if mode else {})
-            self.space, self.box = self.env.observation_space, self.env.action_space
-            bounded = isinstance(self.box, gym.spaces.Box) and self.box.is_bounded()
-            require(bounded and self.box.dtype.kind == "f", f"actions must be a bounded Box, not {self.box}")
-            self.obs_dim, self.action_dim = gym.spaces.flatdim(self.space), math.prod(self.box.shape)
-            self.limit = self.env.spec.max_episode_steps or 10_000
-            require(args.chunk_size <= self.limit, f"--chunk-size is above its {self.limit} steps")
-        if videos:
-            self.env = gym.wrappers.RecordVideo(self.env, str(videos), disable_logger=True)
-
-    def to_own_range(self, action):
-        low, high = self.box.low, self.box.high  # rounding may leave them
-        return np.clip(low + (action.reshape(low.shape) + 1) / 2 * (high - low), low, high).astype(low.dtype)
+            env = gym.make(self.name, disable_env_checker=True, **options)
+            self.box = env.action_space
+            require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
+            require((self.box.low < self.box.high).all(), "an action has one value alone")
+            if env.spec.max_episode_steps is None:
+                env = gym.wrappers.TimeLimit(env, 10_000)
+            if videos:
+                env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=True)
+            env = gym.wrappers.FlattenObservation(env)
+            require(env.observation_space.shape, f"{env.observation_space} is not flat")
+            env = gym.wrappers.ClipAction(env)  # of what RescaleAction rounds out of the box
+            env.action_space = self.box
+            self.env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
 
     def reset(self, seed):
-        self.seed, self.steps, self.chunk, self.success = seed, [], [], math.nan
         with explained(f"{self.name} failed in reset"):
-            self.obs = gym.spaces.flatten(self.space, self.env.reset(seed=seed)[0])
+            obs, _ = self.env.reset(seed=seed)
+        self.seed = seed
+        self.obs = [obs]
+        self.steps = []
+        self.chunk = []
 
     def step(self):
         """Takes the chunk's next action. Returns: the episode, if it has ended."""
         action = self.chunk.pop(0)
         with explained(f"{self.name} failed in step"):
-            obs, reward, terminated, truncated, info = self.env.step(self.to_own_range(action))
-        self.steps.append((self.obs, action, float(reward)))
-        self.obs = gym.spaces.flatten(self.space, obs)
-        success = info.get("is_success", info.get("success"))  # Fetch; Adroit, OGBench
-        if success is not None:
-            self.reporting.add(self.name)
-        success = float(success or 0) if self.name in self.reporting else math.nan
-        self.success = float(np.fmax(self.success, success)) if self.at_any else success
+            shaped = action.reshape(self.box.shape)
+            obs, reward, terminated, truncated, info = self.env.step(shaped)
+        success = info.get("is_success", info.get("success", math.nan))  # Fetch; Adroit, OGBench
+        self.obs.append(obs)
+        self.steps.append((action, float(reward), float(success)))
         if terminated or truncated:
-            obs, actions, rewards = zip(*self.steps, strict=True)
-            self.steps, data = [], (np.array([*obs, self.obs]), np.array(actions), np.array(rewards))
-            return Trajectory(*data, bool(terminated), self.success, self.seed)
-        require(len(self.steps) < self.limit, f"{self.name} ends no episode in {self.limit} steps")
+            return self.episode(bool(terminated))
+
+    def episode(self, terminated):
+        actions, rewards, success = map(np.array, zip(*self.steps, strict=True))
+        success = episode_success(success, self.success_at)
+        return Trajectory(np.array(self.obs), actions, rewards, terminated, success, self.seed)
 
 
-def make_networks(args, device="cpu"):
-    """Returns: policy and critics, equal on all ranks, and a function that makes replay buffers."""
-    env = Environment(args)
-    chunk_dim, sizes = args.chunk_size * env.action_dim, (env.obs_dim, env.action_dim, args.chunk_size)
-    torch.manual_seed(args.seed)
-    policy = FlowPolicy(env.obs_dim, chunk_dim, args.hidden_dim, args.flow_steps).to(device)
-    critic = CriticEnsemble(env.obs_dim, chunk_dim, args.num_critics, args.hidden_dim).to(device)
-    return policy, critic, partial(ReplayBuffer, args.buffer_size, *sizes, args.gamma, device)
+def episode_success(steps, success_at):
+    """1 or 0 by an episode's last step, or by any; NaN where it is not reported."""
+    if success_at == "any":
+        return float(np.fmax.reduce(steps))
+    return float(steps[-1])
 
 
-def rollout(envs, act, seeds):
-    """Yields the episodes that end in each step of envs; act maps obs (E, O) to open-loop chunks (E, D)."""
-    while True:
-        for env in [env for env in envs if not env.steps]:
-            env.reset(next(seeds))
-        fresh = [env for env in envs if not env.chunk]
-        if fresh:
-            obs = np.stack([env.obs for env in fresh])
-            require(np.isfinite(obs).all(), f"{envs[0].name}: an observation is NaN or infinite")
-            for env, chunk in zip(fresh, act(obs).astype(np.float32), strict=True):
-                env.chunk = list(chunk.reshape(-1, env.action_dim))
-        yield [episode for env in envs if (episode := env.step())]
+def mean_success(episodes):
+    """NaN where none reports it; some environments report it only where it is 1."""
+    successes = [episode.success for episode in episodes]
+    if np.isnan(successes).all():
+        return math.nan
+    return float(np.nan_to_num(successes).mean())
 
 
-def start_rollout(policy, critic, args, run):
-    """Begins environments and noise anew, by seed, rank, progress: none is saved."""
-    for_torch, for_episodes = np.random.SeedSequence([args.seed, RANK, len(run.rows)]).generate_state(2)
+class Environments:
+    """Environments side by side, for the episodes of the seeds first_seed, first_seed + 1, ...
+    Each has a chunk of its own, which it runs open loop, then it waits. Options: of the first."""
+    def __init__(self, args, first_seed, num_envs, **options):
+        self.seeds = itertools.count(first_seed)
+        self.envs = [Environment(args, **options)]
+        for _ in range(1, num_envs):
+            self.envs.append(Environment(args))
+        for env in self.envs:
+            env.reset(next(self.seeds))
+        self.box = env.box
+        self.obs_space = env.env.observation_space
+        self.action_dim = math.prod(self.box.shape)
+
+    def waiting(self):
+        return [env for env in self.envs if not env.chunk]
+
+    def observations(self):
+        """Of those that wait: (E, O)."""
+        obs = [env.obs[-1] for env in self.waiting()]
+        return torch.as_tensor(np.stack(obs))
+
+    def set_chunks(self, chunks):
+        """Of those that wait: (E, D)."""
+        chunks = chunks.cpu().numpy()
+        for env, chunk in zip(self.waiting(), chunks, strict=True):
+            env.chunk = list(chunk.reshape(-1, self.action_dim))
+
+    def step(self):
+        """A step of each; where an episode ends, the next begins. Returns: the ended ones."""
+        ended = []
+        for env in self.envs:
+            episode = env.step()
+            if episode:
+                ended.append(episode)
+                env.reset(next(self.seeds))
+        return ended
+
+    def close(self):
+        """Returns: the unfinished episodes, cut off."""
+        for env in self.envs:
+            env.env.close()
+        return [env.episode(terminated=False) for env in self.envs if env.steps]
+
+
+def start_environments(args, step):
+    """Makes them anew, and seeds them and torch by seed, rank and step: no generator is saved."""
+    sequence = np.random.SeedSequence([args.seed, RANK, step])
+    for_torch, for_episodes = sequence.generate_state(2)
     torch.manual_seed(int(for_torch))
-    envs = [Environment(args) for _ in range(args.num_envs)]
-    act = partial(choose_chunks, policy, critic, args.best_of_n)
-    return rollout(envs, act, itertools.count(int(for_episodes) // 2))
-
-
-def collect_episodes(args, act, seeds, *show):
-    """One episode a seed: long ones count as often as short ones."""
-    envs, episodes = [Environment(args, *show)] + [Environment(args) for _ in seeds[1 : args.num_envs]], {}
-    for ended in progress(rollout(envs, act, itertools.count(seeds.start))):
-        episodes |= {episode.seed: episode for episode in ended if episode.seed in seeds}
-        if len(episodes) == len(seeds):
-            envs[0].env.close()
-            return [episodes[seed] for seed in seeds]
+    return Environments(args, int(for_episodes) // 2, args.num_envs)
 
 
 def evaluate(policy, critic, args, best_of_n, videos):
-    """On rank 0, runs single samples, then the best of n, on the seeds 0, 1, ... Returns: what it prints."""
-    metrics, show = {}, ("human",) if args.render else ("rgb_array", videos) if args.capture_video else ()
-    for n in sorted({1, best_of_n}) if RANK == 0 else ():
-        torch.manual_seed(0)  # start_rollout reseeds
-        act = partial(choose_chunks, policy, critic, n)
-        episodes = collect_episodes(args, act, range(args.eval_episodes), *show)
-        success = np.array([episode.success for episode in episodes])
-        success = np.nan_to_num(success, nan=0 if args.env_id in Environment.reporting else math.nan)
-        rate, mean_return = success.mean(), np.mean([episode.rewards.sum() for episode in episodes])
-        result = f"success {rate:.2f} ({success.sum():.0f}/{len(success)}), mean return {mean_return:.1f}"
-        tqdm.write(f"{videos.name}, best of {n}: {result}")
-        metrics = {"eval/ode_success": rate} | metrics | {"eval/success": rate, "eval/return": mean_return}
-    return metrics
+    """Runs an episode for each of the seeds 0, 1, ... with the best of n. Returns: metrics."""
+    options = {}
+    if args.render:
+        options = {"render_mode": "human"}
+    if args.capture_video:
+        options = {"render_mode": "rgb_array", "videos": videos}
+    torch.manual_seed(0)
+    num_envs = min(args.num_envs, args.eval_episodes)
+    envs = Environments(args, first_seed=0, num_envs=num_envs, **options)
+    episodes = []
+    while len(episodes) < args.eval_episodes:
+        if envs.waiting():
+            obs = envs.observations()
+            envs.set_chunks(choose_chunks(policy, critic, obs, best_of_n))
+        for episode in envs.step():
+            if episode.seed < args.eval_episodes:
+                episodes.append(episode)
+    envs.close()
+
+    success = mean_success(episodes)
+    mean_return = np.mean([episode.rewards.sum() for episode in episodes])
+    result = f"success {success:.2f}, mean return {mean_return:.1f}, {len(episodes)} episodes"
+    tqdm.write(f"{videos.name}, best of {best_of_n}: {result}")
+    return {"eval/success": success, "eval/return": mean_return}
 
 
 # Demonstrations
-def load_demonstrations(args):
-    """Returns: this rank's demonstrations, failures included. --save-dataset gets all."""
-    if args.dataset == "none":
+def load_demonstrations(args, envs):
+    """Returns: this rank's share of the dataset, failures included, observations and actions as
+    the networks have them. Raises: UserError."""
+    path = args.dataset
+    if path == "none":
         return []
-    with explained(f"--dataset {args.dataset} cannot be used"):
-        episodes = run_controller(args) if args.dataset == "scripted" else read_dataset(args)
-        require(len(episodes) >= NUM_RANKS, f"{len(episodes)} episodes are too few for {NUM_RANKS} processes")
-    print(f"demonstrations: {len(episodes)} episodes, success {np.mean([e.success for e in episodes]):.2f}")
-    if args.save_dataset and RANK == 0:
-        data, own = io.BytesIO(), Environment(args).to_own_range
-        raw = [e._replace(actions=np.array([own(action).ravel() for action in e.actions])) for e in episodes]
-        np.savez_compressed(data, **to_columns(raw))
-        write_file(args.save_dataset.with_suffix(".npz"), data.getbuffer())
-    return episodes[RANK::NUM_RANKS]
-
-
-def run_controller(args):
-    """Episodes of the built-in controller, with Gaussian noise."""
-    task, rng = args.env_id.split(":")[-1].split("-")[0], np.random.default_rng(args.seed)
-    require(task in SCRIPTED, f"only {', '.join(SCRIPTED)} have controllers; use a file, a Minari id or none")
-
-    def act(obs):
-        actions = np.array([SCRIPTED[task](o) for o in obs])
-        return np.clip(actions + args.demo_noise * rng.standard_normal(actions.shape), -1, 1)
-
-    first_seed = (2 * args.seed + 1) * 10**6
-    return collect_episodes(args, act, range(first_seed, first_seed + args.num_demos))
-
-
-def go(delta, gripper=-1.0):
-    """Action of a proportional step along delta (metres); gripper 1 opens it, -1 closes it."""
-    return np.clip([*(15 * delta), gripper], -1, 1)
-
-
-def fetch_push(obs):
-    """Swings over the object until in line behind it, pushes it along that line, rises."""
-    to_goal, rel = (obs[3:6] - obs[9:12]) * [1, 1, 0], -obs[12:15]  # from object to goal, to gripper
-    distance = np.linalg.norm(to_goal)
-    if distance < 0.03:
-        return go(np.array([0, 0, 0.25 - rel[2]]))  # out of its way
-    line = to_goal / distance
-    along = rel @ line
-    wrong = max(np.linalg.norm((rel - along * line)[:2]) - 0.01, 0) + max(along + 0.04, 0)  # beside, ahead
-    ready = np.clip(1 - wrong / 0.02, 0, 1) * np.clip(1 - rel[2] / 0.03, 0, 1)  # smooth
-    target = ready * (0.8 * to_goal + along * line) - (1 - ready) * 0.06 * line
-    return go(target - rel + [0, 0, np.clip(3 * wrong, 0, 0.08)])
-
-
-def fetch_pick_and_place(obs):
-    """Hovers over the object, descends, grasps it, carries it to the goal."""
-    to_goal, rel, width = obs[3:6] - obs[9:12], obs[12:15], obs[15] + obs[16]  # rel: from gripper to object
-    if np.linalg.norm(rel) < 0.04:  # between the fingers: close them, then carry
-        return go(to_goal if width < 0.055 else rel, -1)
-    hover = np.clip(4 * np.linalg.norm(rel[:2]) - 0.04, 0, 0.08)  # descend only when above it
-    return go(rel + [0, 0, hover], 1)
-
-
-SCRIPTED = {"FetchPush": fetch_push, "FetchPickAndPlace": fetch_pick_and_place}
-SCRIPTED["FetchReach"] = lambda obs: go(obs[3:6] - obs[6:9])
-COLUMNS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations", "success")
-
-
-def to_columns(episodes):
-    """Episodes as D4RL's flat keys, one row a step."""
-    rows = []
-    for obs, actions, rewards, terminated, success, _ in episodes:
-        last = np.arange(len(rewards)) == len(rewards) - 1
-        ends = last & terminated, last & (not terminated)
-        rows.append((obs[:-1], actions, rewards, *ends, obs[1:], np.where(last, success, 0.0)))
-    return dict(zip(COLUMNS, map(np.concatenate, zip(*rows, strict=True)), strict=True))
-
-
-def read_dataset(args):
-    """Returns: the episodes that last a chunk. Without next_observations, the last row only shows an end."""
-    env = Environment(args)
-    if args.dataset.endswith(".npz"):
-        with np.load(args.dataset, allow_pickle=False) as file:  # objects could run code
-            data = {key: np.atleast_1d(file[key]) for key in COLUMNS if key in file}
-    else:
-        data = to_columns(read_minari(args.dataset, env.env.unwrapped.observation_space))
-    require(set(COLUMNS[:5]) <= set(data), f"needed are {', '.join(COLUMNS[:5])}")
-    n = len(data["rewards"])
-    for key, column in data.items():
-        width = env.obs_dim if "observations" in key else env.action_dim if key == "actions" else 1
-        fits = column.dtype.kind in "biuf" and len(column) == n and column.size == n * width
-        require(fits, f"{key} is {column.dtype} {column.shape}, not {n} rows of {width} numbers")
-        require(key == "success" or np.isfinite(column).all(), f"{key} has NaN or infinity")
-        data[key] = column.reshape(n, width).astype(np.float64)
-    obs, actions, rewards, terminals, timeouts = (data[key] for key in COLUMNS[:5])
-    ends = np.flatnonzero(terminals + timeouts)
-    require(len(ends), "terminals and timeouts mark no end")
-    low, high = env.box.low.flatten(), env.box.high.flatten()
-    outside = np.maximum(low - actions, actions - high).max()
-    require(outside < 1e-4, f"actions lie outside the action space, by up to {outside:.3g}")
-    actions = np.clip((actions - low) / np.where(high > low, high - low, 1) * 2 - 1, -1, 1)
-    next_obs, success = data.get("next_observations", obs), data.get("success", np.full((n, 1), math.nan))
-    parts, episodes = [rows for rows in np.split(np.arange(n), ends + 1) if len(rows)], []
-    for rows in parts:  # the last may be cut off
-        last_obs, terminated = next_obs[rows[-1]], bool(terminals[rows[-1]])
-        if next_obs is obs and not terminated:
-            rows = rows[:-1]
-        if len(rows) >= args.chunk_size:
-            succeeded = success[rows].max() if args.success_at == "any" else success[rows[-1], 0]
-            steps = np.vstack([obs[rows], last_obs]), actions[rows], rewards[rows, 0]
-            episodes.append(Trajectory(*steps, terminated, float(succeeded)))
-    print(f"{args.dataset}: {len(episodes)} of {len(parts)} episodes last a chunk")
-    return episodes
-
-
-def read_minari(dataset, space):
-    require(importlib.util.find_spec("minari"), 'for a Minari id: pip install "minari[hdf5]"')
-    import minari
+    if path == "demos":
+        path = f"{Path(__file__).parent}/demos/{args.env_id}.npz"
+    read = read_npz if path.endswith(".npz") else read_minari
+    _, rescale, _ = gym.wrappers.utils.rescale_box(envs.box, -1.0, 1.0)
     episodes = []
-    for episode in minari.load_dataset(dataset, download=True).iterate_episodes():
-        infos, batch = episode.infos or {}, gym.vector.utils.batch_space(space, len(episode.rewards) + 1)
-        obs = [gym.spaces.flatten(space, o) for o in gym.vector.utils.iterate(batch, episode.observations)]
-        ends = bool(episode.terminations[-1]), float(infos.get("success", [math.nan])[-1])
-        episodes.append(Trajectory(np.array(obs), episode.actions, episode.rewards, *ends))
-    return episodes
+    with explained(f"--dataset takes a file.npz, a Minari id or none; {path} cannot be used"):
+        for obs, actions, rewards, *end in read(path, args.success_at):
+            n = len(rewards)
+            obs = obs.reshape(n + 1, *envs.obs_space.shape)
+            actions = rescale(actions.reshape(n, *envs.box.shape))
+            outside = np.abs(actions).max() - 1
+            require(outside < 1e-4, f"actions leave their box by {outside / 2:.1%} of its width")
+            actions = actions.reshape(n, -1).clip(-1, 1)
+            episodes.append(Trajectory(obs, actions, rewards.reshape(n), *end))
+        demos = [episode for episode in episodes if len(episode.rewards) >= args.chunk_size]
+        counts = f"{len(demos)} of {len(episodes)} episodes last a chunk"
+        wanted = args.num_demos or len(demos)
+        require(NUM_RANKS <= wanted <= len(demos), f"{counts}, needed are {wanted}")
+    order = np.random.default_rng(args.seed).permutation(len(demos))
+    demos = [demos[i] for i in sorted(order[:wanted])]
+    success = mean_success(demos)
+    tqdm.write(f"demonstrations: {counts}, {wanted} used, success {success:.2f}")
+    return demos[RANK::NUM_RANKS]
+
+
+def read_npz(path, success_at):
+    """Cuts D4RL's flat columns, a row a step, into Trajectories. Without next_observations the
+    row at a time limit only shows where the episode ended."""
+    with np.load(path, allow_pickle=False) as file:  # objects could run code
+        obs = file["observations"]
+        actions = file["actions"]
+        rewards = file["rewards"]
+        terminals = file["terminals"].ravel() > 0
+        ends = terminals | (file["timeouts"].ravel() > 0)
+        next_obs = file.get("next_observations")
+        success = file.get("success", np.full(len(obs), math.nan)).ravel()
+    for column in (actions, rewards, ends, success):
+        require(len(column) == len(obs), f"columns have {len(obs)} and {len(column)} rows")
+    require(ends.any(), "terminals and timeouts mark no end")
+    ends[-1] = True  # the last episode may be unfinished
+    start = 0
+    for last in np.flatnonzero(ends):
+        rows = slice(start, last + 1)
+        last_obs = obs[last]
+        if next_obs is not None:
+            last_obs = next_obs[last]
+        elif not terminals[last]:
+            rows = slice(start, last)
+        start = last + 1
+        if rows.stop > rows.start:
+            all_obs = np.concatenate([obs[rows], last_obs[None]])
+            succeeded = episode_success(success[rows], success_at)
+            end = (bool(terminals[last]), succeeded)
+            yield Trajectory(all_obs, actions[rows], rewards[rows], *end)
+
+
+def read_minari(dataset_id, success_at):
+    """Episodes of a Minari dataset, observations flattened, as Trajectories."""
+    import minari
+    dataset = minari.load_dataset(dataset_id, download=True)
+    space = dataset.observation_space
+    for recorded in dataset.iterate_episodes():
+        every = gym.vector.utils.batch_space(space, len(recorded.rewards) + 1)
+        parts = gym.vector.utils.iterate(every, recorded.observations)
+        obs = np.array([gym.spaces.flatten(space, part) for part in parts])
+        infos = recorded.infos or {}
+        succeeded = episode_success(infos.get("success", [math.nan]), success_at)
+        end = (bool(recorded.terminations[-1]), succeeded)
+        yield Trajectory(obs, recorded.actions, recorded.rewards, *end)
 
 
 # Run folder
 class Run:
-    """A run's progress and folder: metrics.csv, policy.pt and checkpoint.pt, which has all."""
+    """A run's record and folder: metrics.csv, policy.pt and checkpoint.pt, which has all.
+    Args: learner, everything with a state dict that a checkpoint holds, by name."""
     def __init__(self, args, learner):
-        """With --resume, loads the checkpoint into learner, parts with a state dict."""
-        name = f"{args.env_id}__{METHOD}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self.folder = args.resume or Path("runs") / name.replace("/", "-").replace(":", "-")
-        launcher = "python" if NUM_RANKS == 1 else f"torchrun --nproc-per-node={NUM_RANKS}"
-        self.command = f"{launcher} {METHOD}.py --resume {self.folder}"
-        self.args, self.learner, self.step, self.rows = args, learner, 0, []
-        self.values, self.start_time = defaultdict(list), time.time()
-        if args.resume:
-            ranks, self.step, self.rows, command = read_file(self.folder / "checkpoint.pt")[1]["run"]
-            require(command.startswith(f"{launcher} {METHOD}.py "), f"this run goes on by {command}")
-            with explained(f"{self.folder} does not fit these arguments"):
-                for name, part in learner.items():
-                    typed = {"param_groups": part.state_dict()["param_groups"]} if "optimizer" in name else {}
-                    part.load_state_dict(ranks[RANK][name] | typed)
-            self.start_time -= self.rows[-1]["seconds"] if self.rows else 0
+        moment = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{args.env_id}__{METHOD}__{args.seed}__{moment}-{os.getpid()}"
+        name = name.replace("/", "-").replace(":", "-")
+        self.folder = args.resume or Path("runs") / name
+        self.script = f"python {METHOD}.py"
+        if NUM_RANKS > 1:
+            self.script = f"torchrun --nproc-per-node={NUM_RANKS} {METHOD}.py"
+        self.args = args
+        self.learner = learner
+        self.rows = []
+        self.sums = defaultdict(float)  # since the last row
+        self.counts = defaultdict(int)
+        self.episodes = []
+        self.start_time = time.time()
 
-    def start(self):
-        """Makes the folder, a first checkpoint and the trackers."""
-        args, folder = self.args, self.folder
+    def open(self, step, critic_updates):
+        """Makes the folder, a first checkpoint, the trackers and the progress bar."""
+        args = self.args
         if RANK == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            atexit.register(print, f"{self.command}\npython {METHOD}.py --evaluate {folder}/policy.pt")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            evaluation = f"python {METHOD}.py --evaluate {self.folder}/policy.pt"
+            atexit.register(print, f"{self.script} --resume {self.folder}\n{evaluation}")
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-                self.writer = SummaryWriter(str(folder))
+                self.writer = SummaryWriter(str(self.folder))
             if args.track:
                 import wandb
-                self.wandb = wandb.init(id=folder.name, resume="allow", config=asdict(args), dir=folder)
-        self.bar = progress(total=args.total_timesteps, initial=self.step, unit="step", leave=True)
-        self.save_checkpoint()
-
-    def advance(self):
-        """Counts a step of all environments. Returns: the updates due, 0 until every rank has a batch."""
-        before, self.step = self.step, self.step + self.args.num_envs * NUM_RANKS
-        buffer, ratio = self.learner["buffer"], self.args.utd_ratio
-        ready = torch.tensor(float(buffer.size >= self.args.batch_size), device=buffer.steps.device)
-        return int(self.step * ratio) - int(before * ratio) if average_over_ranks([ready])[0] == 1 else 0
-
-    def is_due(self, interval):
-        return self.step % interval < self.args.num_envs * NUM_RANKS or self.step >= self.args.total_timesteps
+                options = {"config": asdict(args), "dir": self.folder, "resume": "allow"}
+                self.wandb = wandb.init(id=self.folder.name, **options)
+        self.bar = progress(total=args.total_timesteps, initial=step, unit="step", leave=True)
+        self.save_checkpoint(step, critic_updates)
 
     def record(self, values):
-        for name, value in values.items():
-            self.values[name].append(value)  # .item() would wait for the device
+        """Adds to the means of the next row."""
+        for name, value in values.items():  # a CUDA graph writes over the value, .item() waits
+            self.sums[name] = self.sums[name] + value
+            self.counts[name] += 1
 
-    def write_row(self):
+    def record_episode(self, episode):
+        self.record({"charts/episodic_return": episode.rewards.sum()})
+        self.record({"charts/episodic_length": len(episode.rewards)})
+        self.episodes.append(episode)
+        success = mean_success(self.episodes)
+        self.bar.set_postfix(success=f"{success:.2f}", refresh=False)
+
+    def write_row(self, step):
         """Adds a row of means to metrics.csv. Raises: UserError if a loss was not finite."""
-        means = {name: float(sum(values)) / len(values) for name, values in self.values.items()}
-        means["charts/buffer_size"] = self.learner["buffer"].size
-        row = {"global_step": self.step, "seconds": round(time.time() - self.start_time, 1)} | means
-        self.rows, self.values = [*self.rows, row], defaultdict(list)
-        self.bar.update(self.step - self.bar.n)
+        means = {}
+        for name, total in self.sums.items():
+            means[name] = float(total) / self.counts[name]
+        means["charts/buffer_size"] = len(self.learner["buffer"])
+        if self.episodes:
+            means["charts/success"] = mean_success(self.episodes)
+        seconds = round(time.time() - self.start_time, 1)
+        self.rows.append({"global_step": step, "seconds": seconds} | means)
+        for gathered in (self.sums, self.counts, self.episodes):
+            gathered.clear()
         if RANK == 0:
-            columns = list(dict.fromkeys(itertools.chain(*self.rows)))
-            lines = [columns] + [[row.get(column, "") for column in columns] for row in self.rows]
-            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-            write_file(self.folder / "metrics.csv", text.encode())
+            with open(self.folder / "metrics.csv", "w") as file:
+                writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*self.rows)))
+                writer.writeheader()
+                writer.writerows(self.rows)
             if self.args.tensorboard:
                 for name, value in means.items():
-                    self.writer.add_scalar(name, value, self.step)
+                    self.writer.add_scalar(name, value, step)
             if self.args.track:
-                self.wandb.log(means, step=self.step)
+                self.wandb.log(means, step=step)
         for name, value in means.items():  # gradient_step kept it from the weights
-            require(math.isfinite(value) or "losses/" not in name, f"{name} became NaN or infinite")
+            lost = name.startswith("losses/") and not math.isfinite(value)
+            require(not lost, f"{name} became NaN or infinite")
 
-    def evaluate_and_save(self):
-        """Evaluates, single samples while the critics know nothing, and writes the files."""
-        policy, critic = self.learner["policy"], self.learner["target_critic"]
-        n, videos = self.args.best_of_n if self.step else 1, self.folder / f"videos/step {self.step}"
-        self.record(evaluate(policy, critic, self.args, n, videos))
-        self.write_row()
-        for name in ("policy.pt",) if self.step else ("policy.pt", "clone.pt"):
-            save_file(self, name, {"policy": policy.state_dict(), "critic": critic.state_dict()})
-        self.save_checkpoint()
+    def evaluate_and_save(self, step, critic_updates):
+        """Evaluates single samples and, once the critics have met the policy, the best of n."""
+        policy = self.learner["policy"]
+        critic = self.learner["target_critic"]
+        if RANK == 0:
+            videos = self.folder / "videos" / f"step {step}"
+            metrics = evaluate(policy, critic, self.args, 1, videos)
+            self.record({"eval/ode_success": metrics["eval/success"]})
+            if step > 0 and self.args.best_of_n > 1:
+                metrics = evaluate(policy, critic, self.args, self.args.best_of_n, videos)
+            self.record(metrics)
+        self.write_row(step)
+        networks = {"policy": policy.state_dict(), "critic": critic.state_dict()}
+        save_file(self.folder / "policy.pt", self.args, networks)
+        if step == 0:
+            save_file(self.folder / "clone.pt", self.args, networks)
+        self.save_checkpoint(step, critic_updates)
 
-    def save_checkpoint(self):
-        state = {name: part.state_dict() for name, part in self.learner.items()}
-        ranks = [state] * NUM_RANKS
+    def save_checkpoint(self, step, critic_updates):
+        ranks = [None] * NUM_RANKS
+        ranks[RANK] = {name: part.state_dict() for name, part in self.learner.items()}
         if NUM_RANKS > 1:
-            dist.gather_object(state, ranks if RANK == 0 else None)
-        save_file(self, "checkpoint.pt", {"run": (ranks, self.step, self.rows, self.command)})
+            gathered = ranks if RANK == 0 else None
+            dist.gather_object(ranks[RANK], gathered)
+        content = {"script": self.script, "rows": self.rows, "ranks": ranks}
+        content |= {"step": step, "critic_updates": critic_updates}
+        save_file(self.folder / "checkpoint.pt", self.args, content)
+
+    def load_checkpoint(self):
+        """Loads all but the settings of optimisers, which may have been typed.
+        Returns: step, critic_updates. Raises: UserError."""
+        _, content = read_file(self.folder / "checkpoint.pt")
+        script = content["script"]
+        require(script == self.script, f"this run goes on by {script} --resume {self.folder}")
+        with explained(f"{self.folder} does not fit these arguments"):
+            for name, state in content["ranks"][RANK].items():
+                part = self.learner[name]
+                if "optimizer" in name:
+                    state["param_groups"] = part.state_dict()["param_groups"]
+                part.load_state_dict(state)
+        self.rows = content["rows"]
+        if self.rows:
+            self.start_time -= self.rows[-1]["seconds"]
+        return content["step"], content["critic_updates"]
 
 
-def write_file(path, data):
-    """Writes data; an older file stays until the new one is whole."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def save_file(run, name, content):
-    """On rank 0, writes content beside the arguments, less those of this command."""
-    args, data = replace(run.args, save_dataset=None, resume=None, evaluate=None), io.BytesIO()
+def save_file(path, args, content):
+    """On rank 0, writes content and arguments; an older file stays until the new one is whole."""
     if RANK == 0:
-        torch.save({"args": asdict(args), "reporting": list(Environment.reporting)} | content, data)
-        write_file(run.folder / name, data.getbuffer())
+        saved = asdict(replace(args, resume=None, evaluate=None))
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            torch.save({"args": saved} | content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".tmp"), path)
 
 
 def read_file(path):
     """Returns: arguments, content. Raises: UserError."""
     with explained(f"{path} is not there, damaged, or not of these scripts"):
-        with zipfile.ZipFile(path) as archive:
-            require(not archive.testzip(), "a checksum is wrong")  # torch does not compare them
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        Environment.reporting.update(content["reporting"])
-        return Args(**{k: v for k, v in content["args"].items() if hasattr(Args, k)}), content
+        args = Args()
+        for name, value in content["args"].items():
+            if hasattr(args, name):  # the other script's own mean nothing here
+                setattr(args, name, value)
+        return args, content
 
 
-def load_networks(path, networks):
-    """Gives policies and critics the weights in a policy file. Raises: UserError."""
-    _, content = read_file(path)
+def load_policy(path, args=None, make_networks=make_networks):
+    """Returns: arguments, those given or the file's own, policy and critic. Raises: UserError."""
+    saved, content = read_file(path)
+    args = args or saved
+    envs = Environments(args, first_seed=0, num_envs=1)
+    policy, critic = make_networks(args, envs.obs_space, envs.action_dim)
+    envs.close()
     with explained(f"{path} does not fit these arguments"):
-        for name, network in networks.items():
-            network.load_state_dict(content["policy" if "policy" in name else "critic"])
-
-
-def load_policy(path, args=None):
-    """Returns: arguments, the file's own if None, policy and critics."""
-    args = args or read_file(path)[0]
-    policy, critic, _ = make_networks(args)
-    load_networks(path, {"policy": policy, "critic": critic})
+        policy.load_state_dict(content["policy"])
+        critic.load_state_dict(content["critic"])
     return args, policy, critic
 
 
 # Precision and processes
-def in_blocks(net, rows):
-    """net(rows (..., B, in)), on a CPU in blocks that fit its cache."""
-    size = math.ceil(2048 / math.prod(rows.shape[:-2])) if rows.device.type == "cpu" else rows.shape[-2]
-    return torch.cat([net(block) for block in rows.split(size, dim=-2)], dim=-2)
-
-
 def mixed_precision(args, device):
     """bfloat16 for matrix products, where the hardware has it."""
-    able = CPU_BF16 if device.type == "cpu" else torch.cuda.is_bf16_supported(including_emulation=False)
+    able = CPU_BF16
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and able)
+
+
+def gradient_step(optimizer, loss):
+    """A step of any optimiser. Of a gradient that is not finite nothing reaches a weight, and the
+    next row of metrics ends the run. Returns: the gradient's norm."""
+    optimizer.zero_grad()
+    (loss / NUM_RANKS).backward()
+    gradients = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                gradients.append(over_ranks(parameter.grad, dist.ReduceOp.SUM))
+    norm = nn.utils.get_total_norm(gradients)
+    for gradient in gradients:
+        gradient.nan_to_num_(0.0, 0.0, 0.0)
+    optimizer.step()
+    return norm
+
+
+@torch.no_grad()
+def move_towards(average, network, rate):
+    """A Polyak step of average's parameters."""
+    averages = list(average.parameters())
+    torch._foreach_lerp_(averages, list(network.parameters()), rate)
 
 
 def start_process():
     """Connects the ranks of torchrun. Returns: the device."""
-    cuda = torch.cuda.is_available()
-    if cuda:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if NUM_RANKS > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda" if cuda else "cpu")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
-def average_over_ranks(tensors):
-    """Averages in place over the ranks. Returns: the tensors."""
-    for tensor in tensors if dist.is_initialized() else ():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensors
+def over_ranks(tensor, how):
+    """Reduces in place over the ranks, by a dist.ReduceOp. Returns: the tensor."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, how)
+    return tensor
 
 
 # Command line
@@ -808,27 +990,26 @@ def explained(what):
 
 def check(args):
     """Raises: UserError for arguments no run can work with."""
-    packages = {"tensorboard": "tensorboard", "track": "wandb", "capture_video": "moviepy"}
     for name, value in vars(args).items():
-        option, least, most = f"--{name.replace('_', '-')}", LEAST.get(name, 1e-9), MOST.get(name, 2**31 - 1)
         if type(value) in (int, float):
-            require(least <= value <= most, f"{option} {value} is not between {least} and {most}.")
-        if value is True and name in packages:
-            require(importlib.util.find_spec(packages[name]), f"{option} needs pip install {packages[name]}.")
-    require(args.batch_size <= args.buffer_size, "--buffer-size is below --batch-size.")
-    require(args.dataset != "none" or not args.save_dataset, "--save-dataset needs a --dataset.")
-    if not args.evaluate:  # environments begin anew then
-        longest = (Environment(args).env.spec.max_episode_steps or 1) * args.num_envs * NUM_RANKS
-        require(args.eval_interval >= longest, f"--eval-interval is below an episode's {longest} steps.")
+            option = f"--{name.replace('_', '-')}"
+            least = 0 if name in MAY_BE_ZERO else 1e-9
+            require(least <= value < 2**31, f"{option} {value} is out of range.")
+    require(args.gamma <= 1, "--gamma must not be above 1.")
+    require(args.tau <= 1, "--tau must not be above 1.")
+    require(2 <= args.batch_size <= args.buffer_size, "--batch-size: from 2 to --buffer-size.")
+    check_method(args)
 
 
-def main():
+def main(make_networks=make_networks):
     """Evaluates or trains; what users get wrong ends in a sentence."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it
     try:
         args = tyro.cli(Args)
-        file = args.evaluate or (args.resume / "checkpoint.pt" if args.resume else args.policy)
-        if file:  # what is typed counts
+        file = args.evaluate or args.policy
+        if args.resume:
+            file = args.resume / "checkpoint.pt"
+        if file:  # has the defaults, what is typed counts
             saved, _ = read_file(file)
             if args.evaluate:
                 saved = replace(saved, tensorboard=False, track=False, capture_video=False)
@@ -836,11 +1017,14 @@ def main():
         check(args)
         torch.set_num_threads(args.torch_threads or torch.get_num_threads())
         if not args.evaluate:
-            return train(args)
-        _, policy, critic = load_policy(args.evaluate, args)
-        evaluate(policy, critic, args, args.best_of_n, args.evaluate.parent / "videos" / args.env_id)
+            return train(args, make_networks)
+        _, policy, critic = load_policy(args.evaluate, args, make_networks)
+        videos = args.evaluate.parent / "videos" / args.evaluate.stem
+        evaluate(policy, critic, args, args.best_of_n, videos)
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        sys.exit(f"{METHOD}.py: {error}; pip install {error.name}")
     except (UserError, OSError, MemoryError) as error:
         tqdm.write(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)

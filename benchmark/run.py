@@ -115,7 +115,7 @@ class Job:
             if self.done():
                 return None
             print("\n$", *self.command(), file=log, flush=True)
-            env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
             return subprocess.Popen(self.command(), cwd=self.folder, env=env, stdout=log, stderr=log)
 
     def error(self, process):
