@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import copy
 import csv
+import importlib.util
 import itertools
 import math
 import os
@@ -39,10 +40,8 @@ from tqdm import tqdm
 METHOD = "poco"
 RANK = int(os.environ.get("RANK", "0"))  # torchrun sets both
 NUM_RANKS = int(os.environ.get("WORLD_SIZE", "1"))
-MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "posterior_coef"]
-MAY_BE_ZERO += ["policy_start", "success_coef", "chi2_coef"]
-CPU_ABLE = torch.cpu.get_capabilities()
-CPU_BF16 = CPU_ABLE.get("amx_bf16", False) or CPU_ABLE.get("avx512_bf16", False)
+CPU_FEATURES = torch.cpu.get_capabilities()
+CPU_BF16 = CPU_FEATURES.get("amx_bf16", False) or CPU_FEATURES.get("avx512_bf16", False)
 REFRESH = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
 progress = partial(tqdm, leave=False, mininterval=REFRESH, disable=RANK > 0)
 gym.register_envs(gymnasium_robotics)
@@ -74,7 +73,7 @@ class Args:
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for policy and critics
-    critic_warmup: int = 3_000  # updates of the critics before the policy's first
+    critic_warmup: int = 3_000  # updates of the critics alone, before the policy's first
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     num_envs: int = 4  # environments stepped side by side
@@ -91,18 +90,20 @@ class Args:
     posterior_coef: float = 1.0  # beta, weight of the posterior term
     clip_threshold: float | None = None  # zeta, clip of a loss (default: the batch's 0.9 quantile)
     # evaluation
-    eval_interval: int = 2_500  # steps between evaluations, with checkpoints
+    eval_interval: int = 2_500  # steps between evaluations; all episodes begin anew there
     eval_episodes: int = 100  # episodes of an evaluation
     evaluate: Path | None = None  # evaluate this policy file instead of training
     render: bool = False  # show evaluations in a window
     capture_video: bool = False  # record evaluations as MP4
 
 
+MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "posterior_coef"]
+
+
 def check_method(args: Args):
     """Raises: UserError for settings with which this method has no meaning."""
     require(args.num_candidates >= 2, "--num-candidates must be at least 2.")
-    require(0 < args.effective_samples < 1, "--effective-samples must lie between 0 and 1.")
-    require(args.temperature is None or args.temperature > 0, "--temperature must be above 0.")
+    require(args.effective_samples < 1, "--effective-samples must be below 1.")
 
 
 # Networks
@@ -119,7 +120,7 @@ class Normalizer(nn.Module):
 
 class FlowPolicy(nn.Module):
     """Flow matching over action chunks, along straight lines from noise (t = 0) to chunk (t = 1).
-    `encode` makes features (B, F) of observations, once for a state; the rest works on features."""
+    `encode` turns observations into features (B, F), once per state; the rest works on features."""
     def __init__(self, obs_dim: int, chunk_dim: int, hidden_dim: int = 256, flow_steps: int = 5):
         super().__init__()
         self.chunk_dim = chunk_dim
@@ -134,11 +135,11 @@ class FlowPolicy(nn.Module):
         """The flow's velocity v(x, t, s). Args: x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
         return self.net(torch.cat([features, x, t], dim=1))
 
-    def bc_loss(self, features: Tensor, chunk: Tensor, valid=None, noise=None, time=None) -> Tensor:
+    def bc_loss(self, features: Tensor, chunk: Tensor, valid: Tensor | None = None) -> Tensor:
         """Flow-matching loss L_BC: squared error of the velocity, averaged over valid entries.
-        Args: chunk (B, D) in [-1, 1]; valid (B, T); noise (B, D); time (B, 1). Returns: (B,)."""
-        x_0 = torch.randn_like(chunk) if noise is None else noise
-        t = torch.rand_like(chunk[:, :1]) if time is None else time
+        Args: chunk (B, D) in [-1, 1]; valid (B, T), None: all are. Returns: (B,)."""
+        x_0 = torch.randn_like(chunk)
+        t = torch.rand_like(chunk[:, :1])
         x_t = (1 - t) * x_0 + t * chunk
         error = (self.velocity(features, x_t, t) - (chunk - x_0)) ** 2  # (B, D)
         if valid is None:
@@ -147,12 +148,10 @@ class FlowPolicy(nn.Module):
         mask = valid.repeat_interleave(action_dim, dim=1)  # (B, D)
         return (error * mask).sum(1) / mask.sum(1)
 
-    def sample(self, features: Tensor, noise=None, flow_steps=None) -> Tensor:
-        """K Euler steps from noise x_0 (B, D), or flow_steps. Returns: chunks (B, D) in [-1, 1]."""
+    def sample(self, features: Tensor, flow_steps: int | None = None) -> Tensor:
+        """Euler steps from noise to chunk, K unless flow_steps is given. Returns: (B, D)."""
         num_steps = flow_steps or self.flow_steps
-        x = noise
-        if noise is None:
-            x = torch.randn(len(features), self.chunk_dim, device=features.device)
+        x = torch.randn(len(features), self.chunk_dim, device=features.device)
         for k in range(num_steps):
             t = torch.full_like(x[:, :1], k / num_steps)
             x = x + self.velocity(features, x, t) / num_steps
@@ -174,8 +173,8 @@ class EnsembleLinear(nn.Module):
 
 
 class CriticEnsemble(nn.Module):
-    """M independent chunk values Q(s, chunk) of rewards times reward_scale, which brings the
-    largest to 1; LayerNorm in the hidden layers. `encode` as in FlowPolicy."""
+    """M independent Q(s, chunk), of rewards scaled so that the largest has magnitude 1. MLPs with
+    LayerNorm in the hidden layers; `encode` as in FlowPolicy."""
     def __init__(self, obs_dim: int, chunk_dim: int, num_critics: int, hidden_dim: int = 256):
         super().__init__()
         self.num_critics = num_critics
@@ -192,13 +191,13 @@ class CriticEnsemble(nn.Module):
         """Args: features (B, F), chunk (B, D). Returns: Q (M, B)."""
         x = torch.cat([features, chunk], dim=1)
         hidden = self.net(x.expand(self.num_critics, -1, -1))
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 has -20.0 for -20.06
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 rounds -20.06 to -20.0
             return self.head(hidden.float()).squeeze(2)
 
 
 def make_networks(args: Args, obs_space: gym.spaces.Box, action_dim: int):
-    """Returns: policy and critics. The learning part knows of a policy encode, bc_loss and sample,
-    of critics encode, forward and reward_scale."""
+    """Returns: policy and critics. The updates use policy.encode, bc_loss and sample, and
+    critic.encode, forward and reward_scale, nothing else."""
     obs_dim = math.prod(obs_space.shape)
     chunk_dim = args.chunk_size * action_dim
     policy = FlowPolicy(obs_dim, chunk_dim, args.hidden_dim, args.flow_steps)
@@ -214,23 +213,23 @@ def td_target(reward: Tensor, next_q: Tensor, terminated: Tensor, gamma, chunk_s
     return reward + gamma**chunk_size * (1 - terminated) * next_q
 
 
-def critic_loss(q: Tensor, target: Tensor, known: Tensor) -> Tensor:
-    """Squared TD error where the target is known: not in a window that a time limit cut short.
-    Args: q (M, B), target (B,), known (B,), 1 or 0. Returns: a scalar."""
-    error = (q - target) ** 2 * known
-    return error.sum() / (len(q) * known.sum().clamp(min=1))
+def critic_loss(q: Tensor, target: Tensor, has_target: Tensor) -> Tensor:
+    """Squared TD error, but for windows that a time limit or an evaluation cut short.
+    Args: q (M, B), target (B,), has_target (B,), 1 or 0. Returns: a scalar."""
+    error = (q - target) ** 2 * has_target
+    return error.sum() / (len(q) * has_target.sum().clamp(min=1))
 
 
 def posterior_weights(q: Tensor, temperature: float | Tensor) -> Tensor:
     """Implicit E-step: w_j = softmax_j(Q_j / eta). Args: q (B, N), eta in units of Q.
     Returns: (B, N)."""
-    best = q.amax(1, keepdim=True)  # Q / eta itself may be huge
+    best = q.amax(1, keepdim=True)  # taken off before the division, which could overflow
     return torch.softmax((q - best) / temperature, dim=1)
 
 
 def adaptive_temperature(q: Tensor, effective_samples: float) -> Tensor:
-    """Eta in proportion to the spread of each state's Q. For large N and normal Q, 1 / sum_j w_j^2
-    is N exp(-(std / eta)^2) = effective_samples N. Args: q (B, N). Returns: (B, 1)."""
+    """Eta in proportion to the spread of each state's Q: for large N and normal Q, 1 / sum_j w_j^2
+    is N exp(-(std / eta)^2), here set to effective_samples N. Args: q (B, N). Returns: (B, 1)."""
     spread = q.std(1, keepdim=True).clamp(min=1e-12)
     return spread / math.sqrt(-math.log(effective_samples))
 
@@ -250,14 +249,14 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
     with torch.no_grad(), mixed_precision(args, device):
         next_chunk = policy.sample(policy.encode(batch.next_obs))
         next_features = target_critic.encode(batch.next_obs)
-        next_q = target_critic(next_features, next_chunk).mean(0)  # (B,)
+        next_q = target_critic(next_features, next_chunk).mean(0)  # (B,), not the minimum
         reward = critic.reward_scale * batch.reward
         target = td_target(reward, next_q, batch.terminated, args.gamma, args.chunk_size)
 
     with mixed_precision(args, device):
         q = critic(critic.encode(batch.obs), batch.chunk)  # (M, B)
-    known = torch.maximum(batch.valid[:, -1], batch.terminated)
-    loss = critic_loss(q, target, known)
+    has_target = torch.maximum(batch.valid[:, -1], batch.terminated)
+    loss = critic_loss(q, target, has_target)
     grad_norm = gradient_step(optimizer, loss)
     move_towards(target_critic, critic, args.tau)
     return {
@@ -271,25 +270,25 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
     """E-step on S random states of the batch, M-step on their candidates and on the whole batch.
     Returns: metrics."""
     device = batch.obs.device
-    order = torch.rand(len(batch.obs), device=device).argsort()
+    N = args.num_candidates
+    order = torch.rand(len(batch.obs), device=device).argsort()  # own, then demonstrations: mix
     states = order[: args.posterior_batch_size]
     with mixed_precision(args, device):
         features = policy.encode(batch.obs)  # (B, F)
-    repeated = features[states].repeat_interleave(args.num_candidates, dim=0)  # (S * N, F)
+    candidate_features = features[states].repeat_interleave(N, dim=0)  # (S * N, F)
 
-    # E-step: candidates of the current policy, weighed by the target critics
+    # E-step: candidates of the current policy, weighed by the target critics. With K steps, samples
+    # spread less than the flow does, and the policy would narrow with every update
     with torch.no_grad(), mixed_precision(args, device):
-        candidates = policy.sample(repeated, flow_steps=2 * args.flow_steps)  # K narrow the policy
-        critic_features = target_critic.encode(batch.obs[states])
-        critic_features = critic_features.repeat_interleave(args.num_candidates, dim=0)
-        q = target_critic(critic_features, candidates).mean(0)
-        q = q.view(-1, args.num_candidates)  # (S, N)
+        candidates = policy.sample(candidate_features, flow_steps=2 * args.flow_steps)
+        critic_features = target_critic.encode(batch.obs[states]).repeat_interleave(N, dim=0)
+        q = target_critic(critic_features, candidates).mean(0).view(-1, N)  # (S, N)
         temperature = args.temperature or adaptive_temperature(q, args.effective_samples)
         weights = posterior_weights(q, temperature)
 
     # M-step: regression on the candidates, and on the batch as the trust region
     with mixed_precision(args, device):
-        candidate_losses = policy.bc_loss(repeated, candidates).view(q.shape)
+        candidate_losses = policy.bc_loss(candidate_features, candidates).view(q.shape)
         bc_losses = policy.bc_loss(features, batch.chunk, batch.valid)
     clip_threshold = args.clip_threshold or bc_losses.detach().quantile(0.9)
     loss = poco_loss(candidate_losses, weights, bc_losses, args.posterior_coef, clip_threshold)
@@ -340,13 +339,15 @@ def draw_batch(buffer: ReplayBuffer, demo_buffer: ReplayBuffer, batch_size: int)
 
 def train(args: Args, make_networks=make_networks):
     """Clones demonstrations, then improves the policy online: act, store, learn, evaluate.
-    Args: make_networks, as the one above: a variant of policy or critics comes in here."""
+    Args: make_networks, another one to bring your own policy or critics."""
     device = start_process()
-    envs = start_environments(args, step=0)
+    envs = Environments(args, first_seed=0, num_envs=1)  # for its spaces
+    envs.close()
     torch.manual_seed(args.seed)  # equal networks on all ranks
     policy, critic = make_networks(args, envs.obs_space, envs.action_dim)
     if args.policy and not args.resume:
         _, policy, critic = load_policy(args.policy, args, make_networks)
+    torch.manual_seed(args.seed + RANK)  # and noise of its own on each
     policy.to(device)
     critic.to(device)
     target_critic = copy.deepcopy(critic)
@@ -366,16 +367,15 @@ def train(args: Args, make_networks=make_networks):
     critic_updates = 0
     if args.resume:
         step, critic_updates = run.load_checkpoint()
-    fresh = not run.rows  # not even the clone was evaluated
-    if fresh:
-        for episode in load_demonstrations(args, envs):
-            demo_buffer.add(episode)
-    envs.close()
-    from_nothing = len(demo_buffer) == 0 and not args.policy
+    fresh = not run.rows  # new, or stopped before the clone's evaluation
+    demos = load_demonstrations(args, envs) if fresh else []
+    from_nothing = args.dataset == "none" and not args.policy
     run.open(step, critic_updates)
 
     # offline: clone the demonstrations; then the critics learn the clone's values
     if fresh:
+        for episode in demos:
+            demo_buffer.add(episode)
         if len(demo_buffer) > 0 and not args.policy:
             fit_statistics(networks, demo_buffer)
             for _ in progress(range(args.bc_steps), "cloning"):
@@ -402,6 +402,7 @@ def train(args: Args, make_networks=make_networks):
         step += steps_at_once
         run.bar.update(steps_at_once)
 
+        # all ranks begin to learn in the same step: their gradients are averaged
         enough = float(len(buffer) + len(demo_buffer) >= args.batch_size)
         if over_ranks(torch.tensor(enough, device=device), dist.ReduceOp.MIN) == 1:
             if from_nothing and critic_updates == 0:
@@ -412,11 +413,12 @@ def train(args: Args, make_networks=make_networks):
                 metrics = critic_step(policy, critic, target_critic, critic_optimizer, batch, args)
                 run.record(metrics)
                 critic_updates += 1
-                if critic_updates > args.critic_warmup:
+                if critic_updates > args.critic_warmup:  # else no demonstrations warmed them up
                     run.record(policy_step(policy, target_critic, policy_optimizer, batch, args))
 
         if step % args.eval_interval < steps_at_once or step >= args.total_timesteps:
-            for episode in envs.close():  # what is unfinished is cut off: no step is lost
+            # a resumed run begins its environments anew here, so every run does; no step is lost
+            for episode in envs.close():
                 buffer.add(episode)
             run.evaluate_and_save(step, critic_updates)
             envs = start_environments(args, step)
@@ -428,7 +430,7 @@ def train(args: Args, make_networks=make_networks):
 # Replay buffer
 class Trajectory(NamedTuple):
     """One episode of n steps, of an environment or a file."""
-    obs: np.ndarray  # (n + 1, O), with that at the end
+    obs: np.ndarray  # (n + 1, O), the one at the end included
     actions: np.ndarray  # (n, A) in [-1, 1]
     rewards: np.ndarray  # (n,)
     terminated: bool  # False: cut off, by the time limit or an evaluation
@@ -439,7 +441,7 @@ class Trajectory(NamedTuple):
 class Batch(NamedTuple):
     """Windows of T steps, each within one episode."""
     obs: Tensor  # (B, O)
-    chunk: Tensor  # (B, D), another window's where not valid
+    chunk: Tensor  # (B, D), filled with another window's actions where not valid
     reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
     next_obs: Tensor  # (B, O) after the last valid step
     terminated: Tensor  # (B,) 1 if that step terminated
@@ -447,8 +449,8 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """A ring of rows, one for each observation, in the type of its space. The next observation is
-    the next row's; the one at an episode's end has a row to itself, in which no window starts."""
+    """A ring of rows, one for each observation, with the dtype of its space. The next observation
+    is the next row's; the one at an episode's end has a row to itself, where no window starts."""
     def __init__(self, args, obs_space, action_dim, device="cpu"):
         self.capacity = args.buffer_size
         self.chunk_size = args.chunk_size
@@ -470,7 +472,7 @@ class ReplayBuffer:
         return len(self.starts)
 
     def add(self, episode):
-        """Writes an episode, of a long one the end, over the oldest rows. Raises: UserError."""
+        """Writes an episode over the oldest rows, of one longer than the buffer its end."""
         left = np.arange(len(episode.rewards), 0, -1)
         terminates = np.full(len(left), episode.terminated)
         steps = np.column_stack([episode.actions, episode.rewards, terminates, left])
@@ -498,7 +500,7 @@ class ReplayBuffer:
         actions, rewards, terminates, left = steps.split(self.widths, dim=2)
         left = left[:, 0]  # (B, 1)
         valid = (i < left).float()  # (B, T)
-        filler = actions.roll(1, dims=0)  # after a termination every action is worth the same
+        filler = actions.roll(1, dims=0)  # of another window: after the end, all are worth the same
         chunk = torch.where(valid[..., None] > 0, actions, filler).flatten(1)
         discount = valid * self.gamma**i
         reward = (rewards[..., 0] * discount).sum(1)
@@ -552,14 +554,14 @@ class Environment:
             env = gym.make(self.name, disable_env_checker=True, **options)
             self.box = env.action_space
             require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
-            require((self.box.low < self.box.high).all(), "an action has one value alone")
+            require((self.box.low < self.box.high).all(), "an action has low == high")
             if env.spec.max_episode_steps is None:
                 env = gym.wrappers.TimeLimit(env, 10_000)
             if videos:
                 env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=True)
             env = gym.wrappers.FlattenObservation(env)
             require(env.observation_space.shape, f"{env.observation_space} is not flat")
-            env = gym.wrappers.ClipAction(env)  # of what RescaleAction rounds out of the box
+            env = gym.wrappers.ClipAction(env)  # RescaleAction may round past the bounds
             env.action_space = self.box
             self.env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
 
@@ -606,16 +608,17 @@ def mean_success(episodes):
 
 class Environments:
     """Environments side by side, for the episodes of the seeds first_seed, first_seed + 1, ...
-    Each has a chunk of its own, which it runs open loop, then it waits. Options: of the first."""
+    Each runs a chunk of its own open loop, then waits for the next. Options go to the first."""
     def __init__(self, args, first_seed, num_envs, **options):
+        self.name = args.env_id
         self.seeds = itertools.count(first_seed)
         self.envs = [Environment(args, **options)]
         for _ in range(1, num_envs):
             self.envs.append(Environment(args))
         for env in self.envs:
             env.reset(next(self.seeds))
-        self.box = env.box
-        self.obs_space = env.env.observation_space
+        self.box = self.envs[0].box
+        self.obs_space = self.envs[0].env.observation_space
         self.action_dim = math.prod(self.box.shape)
 
     def waiting(self):
@@ -623,8 +626,9 @@ class Environments:
 
     def observations(self):
         """Of those that wait: (E, O)."""
-        obs = [env.obs[-1] for env in self.waiting()]
-        return torch.as_tensor(np.stack(obs))
+        obs = np.stack([env.obs[-1] for env in self.waiting()])
+        require(np.isfinite(obs).all(), f"{self.name}: an observation is NaN or infinite")
+        return torch.as_tensor(obs)
 
     def set_chunks(self, chunks):
         """Of those that wait: (E, D)."""
@@ -650,20 +654,22 @@ class Environments:
 
 
 def start_environments(args, step):
-    """Makes them anew, and seeds them and torch by seed, rank and step: no generator is saved."""
+    """New environments. They and torch are seeded by seed, rank and step, so that a resumed run
+    repeats what an uninterrupted one does."""
     sequence = np.random.SeedSequence([args.seed, RANK, step])
     for_torch, for_episodes = sequence.generate_state(2)
     torch.manual_seed(int(for_torch))
     return Environments(args, int(for_episodes) // 2, args.num_envs)
 
 
-def evaluate(policy, critic, args, best_of_n, videos):
+def evaluate(policy, critic, args, best_of_n, folder, title):
     """Runs an episode for each of the seeds 0, 1, ... with the best of n. Returns: metrics."""
+    title = f"{title}, best of {best_of_n}"
     options = {}
     if args.render:
         options = {"render_mode": "human"}
     if args.capture_video:
-        options = {"render_mode": "rgb_array", "videos": videos}
+        options = {"render_mode": "rgb_array", "videos": folder / "videos" / title}
     torch.manual_seed(0)
     num_envs = min(args.num_envs, args.eval_episodes)
     envs = Environments(args, first_seed=0, num_envs=num_envs, **options)
@@ -680,14 +686,14 @@ def evaluate(policy, critic, args, best_of_n, videos):
     success = mean_success(episodes)
     mean_return = np.mean([episode.rewards.sum() for episode in episodes])
     result = f"success {success:.2f}, mean return {mean_return:.1f}, {len(episodes)} episodes"
-    tqdm.write(f"{videos.name}, best of {best_of_n}: {result}")
+    tqdm.write(f"{title}: {result}")
     return {"eval/success": success, "eval/return": mean_return}
 
 
 # Demonstrations
 def load_demonstrations(args, envs):
     """Returns: this rank's share of the dataset, failures included, observations and actions as
-    the networks have them. Raises: UserError."""
+    the networks see them. Raises: UserError."""
     path = args.dataset
     if path == "none":
         return []
@@ -696,7 +702,8 @@ def load_demonstrations(args, envs):
     read = read_npz if path.endswith(".npz") else read_minari
     _, rescale, _ = gym.wrappers.utils.rescale_box(envs.box, -1.0, 1.0)
     episodes = []
-    with explained(f"--dataset takes a file.npz, a Minari id or none; {path} cannot be used"):
+    takes = "--dataset takes a file.npz, a Minari id, demos or none"
+    with explained(f"{takes}; {path} cannot be used"):
         for obs, actions, rewards, *end in read(path, args.success_at):
             n = len(rewards)
             obs = obs.reshape(n + 1, *envs.obs_space.shape)
@@ -708,7 +715,7 @@ def load_demonstrations(args, envs):
         demos = [episode for episode in episodes if len(episode.rewards) >= args.chunk_size]
         counts = f"{len(demos)} of {len(episodes)} episodes last a chunk"
         wanted = args.num_demos or len(demos)
-        require(NUM_RANKS <= wanted <= len(demos), f"{counts}, needed are {wanted}")
+        require(NUM_RANKS <= wanted <= len(demos), f"{counts}, {wanted} are needed")
     order = np.random.default_rng(args.seed).permutation(len(demos))
     demos = [demos[i] for i in sorted(order[:wanted])]
     success = mean_success(demos)
@@ -749,6 +756,7 @@ def read_npz(path, success_at):
 
 def read_minari(dataset_id, success_at):
     """Episodes of a Minari dataset, observations flattened, as Trajectories."""
+    require(importlib.util.find_spec("minari"), 'it needs pip install "minari[hdf5]"')
     import minari
     dataset = minari.load_dataset(dataset_id, download=True)
     space = dataset.observation_space
@@ -764,7 +772,7 @@ def read_minari(dataset_id, success_at):
 
 # Run folder
 class Run:
-    """A run's record and folder: metrics.csv, policy.pt and checkpoint.pt, which has all.
+    """A run's record and folder: metrics.csv, policy.pt and checkpoint.pt, which has everything.
     Args: learner, everything with a state dict that a checkpoint holds, by name."""
     def __init__(self, args, learner):
         moment = time.strftime("%Y%m%d-%H%M%S")
@@ -790,9 +798,12 @@ class Run:
             evaluation = f"python {METHOD}.py --evaluate {self.folder}/policy.pt"
             atexit.register(print, f"{self.script} --resume {self.folder}\n{evaluation}")
             if args.tensorboard:
+                found = importlib.util.find_spec("tensorboard")
+                require(found, "--tensorboard needs pip install tensorboard")
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(str(self.folder))
             if args.track:
+                require(importlib.util.find_spec("wandb"), "--track needs pip install wandb")
                 import wandb
                 options = {"config": asdict(args), "dir": self.folder, "resume": "allow"}
                 self.wandb = wandb.init(id=self.folder.name, **options)
@@ -801,7 +812,7 @@ class Run:
 
     def record(self, values):
         """Adds to the means of the next row."""
-        for name, value in values.items():  # a CUDA graph writes over the value, .item() waits
+        for name, value in values.items():  # summed at once: a CUDA graph reuses their memory
             self.sums[name] = self.sums[name] + value
             self.counts[name] += 1
 
@@ -839,15 +850,16 @@ class Run:
             require(not lost, f"{name} became NaN or infinite")
 
     def evaluate_and_save(self, step, critic_updates):
-        """Evaluates single samples and, once the critics have met the policy, the best of n."""
+        """Evaluates single samples and, once the critics have learned online, the best of n."""
+        n = self.args.best_of_n
         policy = self.learner["policy"]
         critic = self.learner["target_critic"]
         if RANK == 0:
-            videos = self.folder / "videos" / f"step {step}"
-            metrics = evaluate(policy, critic, self.args, 1, videos)
+            where = (self.folder, f"step {step}")
+            metrics = evaluate(policy, critic, self.args, 1, *where)
             self.record({"eval/ode_success": metrics["eval/success"]})
-            if step > 0 and self.args.best_of_n > 1:
-                metrics = evaluate(policy, critic, self.args, self.args.best_of_n, videos)
+            if step > 0 and n > 1:
+                metrics = evaluate(policy, critic, self.args, n, *where)
             self.record(metrics)
         self.write_row(step)
         networks = {"policy": policy.state_dict(), "critic": critic.state_dict()}
@@ -867,7 +879,7 @@ class Run:
         save_file(self.folder / "checkpoint.pt", self.args, content)
 
     def load_checkpoint(self):
-        """Loads all but the settings of optimisers, which may have been typed.
+        """Loads all but the settings of optimisers, which the command line may have changed.
         Returns: step, critic_updates. Raises: UserError."""
         _, content = read_file(self.folder / "checkpoint.pt")
         script = content["script"]
@@ -929,8 +941,8 @@ def mixed_precision(args, device):
 
 
 def gradient_step(optimizer, loss):
-    """A step of any optimiser. Of a gradient that is not finite nothing reaches a weight, and the
-    next row of metrics ends the run. Returns: the gradient's norm."""
+    """A step of any optimiser. Entries of the gradient that are not finite count as 0, but show in
+    its norm, so that the next row of metrics ends the run. Returns: the norm."""
     optimizer.zero_grad()
     (loss / NUM_RANKS).backward()
     gradients = []
@@ -1002,14 +1014,14 @@ def check(args):
 
 
 def main(make_networks=make_networks):
-    """Evaluates or trains; what users get wrong ends in a sentence."""
+    """Evaluates or trains. What a user got wrong is reported in one sentence."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clusters send it
     try:
         args = tyro.cli(Args)
         file = args.evaluate or args.policy
         if args.resume:
             file = args.resume / "checkpoint.pt"
-        if file:  # has the defaults, what is typed counts
+        if file:  # its arguments are the defaults, typed ones win
             saved, _ = read_file(file)
             if args.evaluate:
                 saved = replace(saved, tensorboard=False, track=False, capture_video=False)
@@ -1019,12 +1031,9 @@ def main(make_networks=make_networks):
         if not args.evaluate:
             return train(args, make_networks)
         _, policy, critic = load_policy(args.evaluate, args, make_networks)
-        videos = args.evaluate.parent / "videos" / args.evaluate.stem
-        evaluate(policy, critic, args, args.best_of_n, videos)
+        evaluate(policy, critic, args, args.best_of_n, args.evaluate.parent, args.env_id)
     except KeyboardInterrupt:
         sys.exit(130)
-    except ModuleNotFoundError as error:
-        sys.exit(f"{METHOD}.py: {error}; pip install {error.name}")
     except (UserError, OSError, MemoryError) as error:
         tqdm.write(f"{METHOD}.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,23 +1,25 @@
-"""FQL (arXiv 2502.02538) over action chunks in poco.py's place: a one-step policy climbs the gradient of Q.
+"""FQL (arXiv 2502.02538) over chunks in poco.py's place: a one-step policy climbs Q's gradient.
 
     python benchmark/fql.py --policy runs/.../clone.pt    takes poco.py's arguments, and --alpha
 
-The flow goes on cloning poco.py's batches. The one-step policy mu(s, z) acts and is in the TD target; it is
-held to the flow's end from the same noise z, and its Q is maximised. While the critics warm up it learns to
-be the clone. Q is the target critics', as in poco.py, normalised as the public code advises for new tasks.
+The flow goes on cloning poco.py's batches. The one-step policy mu(s, z) acts and is in the TD
+target; it is held to the flow's end from the same noise z, and its Q is maximised. While the
+critics warm up it learns to be the clone. Q is the target critics', as in poco.py, normalised as
+the public code advises for new tasks.
 """
 
-import copy
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import poco
-
-FlowPolicy, check_as_poco, td_step = poco.FlowPolicy, poco.check, poco.update_critic  # before they change
+from poco import check_method as check_as_poco
+from poco import update_critic as td_step
 
 
 @dataclass
@@ -26,49 +28,68 @@ class Args(poco.Args):
     alpha: float = 10.0  # weight of the distance to the flow's end
 
 
-class OneStepPolicy(FlowPolicy):
+class OneStepPolicy(poco.FlowPolicy):
     """The flow, and beside it mu(s, z), with the same layers, but for the time."""
-    def __init__(self, obs_dim, chunk_dim, hidden_dim=256, flow_steps=5):
+    def __init__(self, obs_dim: int, chunk_dim: int, hidden_dim: int = 256, flow_steps: int = 5):
         super().__init__(obs_dim, chunk_dim, hidden_dim, flow_steps)
-        first, *others = copy.deepcopy(self.net)
-        self.one_step = torch.nn.Sequential(torch.nn.Linear(first.in_features - 1, hidden_dim), *others)
+        layers = []
+        for in_dim in (obs_dim + chunk_dim, hidden_dim, hidden_dim):
+            layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU()]
+        self.one_step = nn.Sequential(*layers, nn.Linear(hidden_dim, chunk_dim))
 
-    def mu(self, obs, noise):
-        """Args: obs (B, O), noise (B, D). Returns: chunks (B, D), not clipped."""
-        return poco.in_blocks(self.one_step, torch.cat([self.normalize(obs), noise], dim=1))
+    def mu(self, features: Tensor, noise: Tensor) -> Tensor:
+        """Args: noise (B, D). Returns: chunks (B, D), not clipped."""
+        return self.one_step(torch.cat([features, noise], dim=1))
 
-    def sample(self, obs, noise=None):
-        noise = torch.randn(len(obs), self.chunk_dim, device=obs.device) if noise is None else noise
-        return self.mu(obs, noise).clamp(-1, 1)
+    def sample(self, features: Tensor, noise=None) -> Tensor:
+        """Returns: chunks (B, D) of the one-step policy in [-1, 1]."""
+        if noise is None:
+            noise = torch.randn(len(features), self.chunk_dim, device=features.device)
+        return self.mu(features, noise).clamp(-1, 1)
 
-    def distance(self, obs, noise):
-        """L_distill: squared distance of mu to the flow's end, which gets no gradient. Returns: (B,), mu."""
-        chunk = self.mu(obs, noise)
+    def distance(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """L_distill: squared distance of mu to the flow's end, which gets no gradient.
+        Returns: (B,), mu's chunks (B, D)."""
+        chunk = self.mu(features, noise)
         with torch.no_grad():
-            end = super().sample(obs, noise)
+            end = super().sample(features, noise)
         return ((chunk - end) ** 2).mean(1), chunk
 
     def load_state_dict(self, state):
-        """A clone's file has the flow alone."""
-        own = {name: value for name, value in self.state_dict().items() if name.startswith("one_step.")}
-        return super().load_state_dict(own | state)
+        """A clone's file has the flow alone: the one-step policy then keeps its weights."""
+        one_step = self.one_step.state_dict(prefix="one_step.")
+        return super().load_state_dict(one_step | state)
 
 
-def fql_loss(bc_losses, distances, q, alpha):
-    """mean_s [L_BC + alpha L_distill - Q(s, mu(s, z)) / mean |Q|]. Args: (B,) each. Returns: a scalar."""
-    return (bc_losses + alpha * distances - q / q.detach().abs().mean()).mean()
+def make_networks(args, obs_space, action_dim):
+    """poco.py's, with the one-step policy beside the flow."""
+    _, critic = poco.make_networks(args, obs_space, action_dim)
+    obs_dim = math.prod(obs_space.shape)
+    chunk_dim = args.chunk_size * action_dim
+    policy = OneStepPolicy(obs_dim, chunk_dim, args.hidden_dim, args.flow_steps)
+    parameters = policy.one_step.parameters()
+    policy.warmup_optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
+    return policy, critic
+
+
+def fql_loss(bc_losses: Tensor, distances: Tensor, q: Tensor, alpha: float) -> Tensor:
+    """mean_s [L_BC + alpha L_distill - Q(s, mu(s, z)) / mean |Q|]. Args: (B,) each.
+    Returns: a scalar."""
+    normal_q = q / q.detach().abs().mean()
+    return (bc_losses + alpha * distances - normal_q).mean()
 
 
 def update_critic(policy, critic, target_critic, optimizer, batch, args):
-    """poco.py's TD step; policy.sample is the one-step policy, here distilled while the critics warm up."""
-    updates = next((int(state["step"]) for state in optimizer.state.values()), 0)
+    """poco.py's TD step on chunks of the one-step policy, which is distilled while the critics warm
+    up. Returns: metrics."""
     metrics = td_step(policy, critic, target_critic, optimizer, batch, args)
-    if updates < args.critic_warmup:
-        if not hasattr(policy, "adam"):  # in no checkpoint, as none is written before the warm-up ends
-            policy.adam = torch.optim.Adam(policy.one_step.parameters(), args.learning_rate, fused=True)
+    state = next(iter(optimizer.state.values()))  # of one of its weights
+    if state["step"] <= args.critic_warmup:  # no checkpoint is written meanwhile
         with poco.mixed_precision(args, batch.obs.device):
-            loss = policy.distance(batch.obs, torch.randn_like(batch.chunk))[0].mean()
-        poco.gradient_step(policy.adam, loss)
+            features = policy.encode(batch.obs)
+            distances, _ = policy.distance(features, torch.randn_like(batch.chunk))
+        loss = distances.mean()
+        poco.gradient_step(policy.warmup_optimizer, loss)
         metrics["losses/distill_loss"] = loss.detach()
     return metrics
 
@@ -77,26 +98,33 @@ def update_policy(policy, target_critic, optimizer, batch, args):
     """One step of the flow and of the one-step policy. Returns: metrics."""
     target_critic.requires_grad_(False)  # the gradient is that of the chunk
     with poco.mixed_precision(args, batch.obs.device):
-        bc_losses = policy.bc_loss(batch.obs, batch.chunk, batch.valid)
-        distances, chunk = policy.distance(batch.obs, torch.randn_like(batch.chunk))
-        q = target_critic(batch.obs, chunk.clamp(-1, 1)).mean(0)
+        features = policy.encode(batch.obs)
+        bc_losses = policy.bc_loss(features, batch.chunk, batch.valid)
+        distances, chunk = policy.distance(features, torch.randn_like(batch.chunk))
+        critic_features = target_critic.encode(batch.obs)
+        q = target_critic(critic_features, chunk.clamp(-1, 1)).mean(0)
     loss = fql_loss(bc_losses, distances, q, args.alpha)
+    grad_norm = poco.gradient_step(optimizer, loss)
     return {
-        "losses/actor_grad_norm": poco.gradient_step(optimizer, loss),
+        "losses/actor_grad_norm": grad_norm,
         "losses/bc_loss": bc_losses.detach().mean(),
         "losses/distill_loss": distances.detach().mean(),
         "losses/actor_q": q.detach().mean(),
     }
 
 
-def check(args):
+def check_method(args):
     check_as_poco(args)
-    poco.require(args.policy and args.dataset != "none", "fql.py needs --policy and its demonstrations.")
+    complete = args.policy and args.dataset != "none"
+    poco.require(complete, "FQL needs --policy and demonstrations.")
 
 
 if __name__ == "__main__":
-    poco.METHOD, poco.Args, poco.FlowPolicy, poco.check = "benchmark/fql", Args, OneStepPolicy, check
-    poco.update_critic, poco.update_policy = update_critic, update_policy
-    if not any(word.startswith(("--resume", "--evaluate")) for word in sys.argv):  # not the clone's n
+    poco.METHOD = "benchmark/fql"
+    poco.Args = Args
+    poco.check_method = check_method
+    poco.update_critic = update_critic
+    poco.update_policy = update_policy
+    if any(word.startswith("--policy") for word in sys.argv):  # not the n in the clone's file
         sys.argv[1:1] = ["--best-of-n", str(Args.best_of_n)]  # what is typed comes later and counts
-    poco.main()
+    poco.main(make_networks)

@@ -1,4 +1,4 @@
-"""Draws two policies of poco.py side by side on the same episodes.
+"""Draws two policies of poco.py or ogpo.py side by side on the same episodes.
 
 pip install pillow
 MUJOCO_GL=egl python benchmark/gif.py clone/policy.pt tuned/policy.pt --seeds 5 7
@@ -26,31 +26,40 @@ class Args:
 
 
 def frames(path: Path, seed: int, width: int) -> tuple[list[Image.Image], bool]:
-    """One episode, a picture every second step, the result in the last ones; and whether it succeeded."""
+    """Returns: a picture every second step of an episode, its result in the last ones; success."""
     args, policy, critic = poco.load_policy(path)
-    env, pictures, episode = poco.Environment(args, "rgb_array"), [], None
     torch.manual_seed(seed)
-    env.reset(seed)
+    envs = poco.Environments(args, first_seed=seed, num_envs=1, render_mode="rgb_array")
+    env = envs.envs[0]
+    pictures = []
+    episode = None
     while episode is None:
-        if not env.chunk:
-            env.chunk = list(poco.choose_chunks(policy, critic, 1, env.obs[None]).reshape(-1, env.action_dim))
+        if envs.waiting():
+            chunks = poco.choose_chunks(policy, critic, envs.observations(), best_of_n=1)
+            envs.set_chunks(chunks)
         episode = env.step()
-        picture = Image.fromarray(env.env.render()).crop((150, 120, 390, 360))  # around the gripper
+        picture = Image.fromarray(env.env.render())
+        picture = picture.crop((150, 120, 390, 360))  # around the gripper
         pictures.append(picture.resize((width, width)))
-    env.env.close()
+    envs.close()
+    result = "success" if episode.success else "failure"
     for picture in pictures[-12:]:
-        ImageDraw.Draw(picture).text((8, 8), "success" if episode.success else "failure", fill="white")
-    return pictures[::2] + [pictures[-1]] * 8, bool(episode.success)
+        ImageDraw.Draw(picture).text((8, 8), result, fill="white")
+    pause = [pictures[-1]] * 8
+    return pictures[::2] + pause, bool(episode.success)
 
 
 def main(args: Args) -> None:
     film = []
     for seed in args.seeds:
-        (left, first), (right, second) = (frames(path, seed, args.width) for path in args.policies)
-        print(f"seed {seed}: {first}, {second}")
+        left, left_success = frames(args.policies[0], seed, args.width)
+        right, right_success = frames(args.policies[1], seed, args.width)
+        print(f"seed {seed}: {left_success}, {right_success}")
         for pair in zip(left, right, strict=True):
-            film.append(Image.fromarray(np.hstack([np.asarray(picture) for picture in pair])).quantize(64))
-    film[0].save(args.out, save_all=True, append_images=film[1:], duration=80, loop=0, optimize=True)
+            both = np.hstack([np.asarray(picture) for picture in pair])
+            film.append(Image.fromarray(both).quantize(64))
+    options = {"duration": 80, "loop": 0, "optimize": True}
+    film[0].save(args.out, save_all=True, append_images=film[1:], **options)
 
 
 if __name__ == "__main__":

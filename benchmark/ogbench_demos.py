@@ -1,4 +1,4 @@
-"""Demonstrations for OGBench's cube tasks by that package's own scripted oracle, as a file for --dataset.
+"""Demonstrations for OGBench's cube tasks by that package's own scripted oracle, for --dataset.
 
     pip install ogbench "mujoco==3.11.0"
     python benchmark/ogbench_demos.py --out runs/cube-double.npz
@@ -7,7 +7,6 @@
 The oracle moves one cube. It gets the next that is not at its goal once it has let go of the last.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,6 @@ import numpy as np
 import tyro
 from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
 from tqdm import trange
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import poco
 
 
 @dataclass
@@ -33,39 +29,61 @@ class Args:
 def cubes_and_goals(env):
     """Positions (n, 3) of the cubes and of their goals."""
     robot = env.unwrapped
-    cubes = [robot._data.joint(f"object_joint_{i}").qpos[:3] for i in range(robot._num_cubes)]
-    return np.array(cubes), robot._data.mocap_pos[robot._cube_target_mocap_ids].reshape(-1, 3)
+    data = robot._data
+    cubes = [data.joint(f"object_joint_{i}").qpos[:3] for i in range(robot._num_cubes)]
+    goals = data.mocap_pos[robot._cube_target_mocap_ids]
+    return np.array(cubes), goals.reshape(-1, 3)
 
 
 def demonstrate(env, seed, noise):
-    """Returns: an episode as poco.py's replay buffer takes it."""
+    """Returns: an episode's rows of poco.py's --dataset."""
     obs, info = env.reset(seed=seed)
-    rng, oracle, cube, steps, ended = np.random.default_rng(seed), CubeMarkovOracle(env=env), None, [], False
+    rng = np.random.default_rng(seed)
     np.random.seed(seed)  # the oracle's
+    oracle = CubeMarkovOracle(env=env)
+    cube = None  # which the oracle moves
+    rows = []
+    ended = False
     while not ended:
         cubes, goals = cubes_and_goals(env)
         far = np.linalg.norm(cubes - goals, axis=1) > 0.03
-        carried = cube is not None and info["proprio/effector_pos"][2] < 0.16
-        if far.any() and not (carried or (cube is not None and far[cube])):
+        low = info["proprio/effector_pos"][2] < 0.16
+        busy = cube is not None and (low or far[cube])
+        if far.any() and not busy:
             cube = int(far.argmax())
             oracle.reset(obs, info)
-        block = {"target_block": cube or 0, "target_block_pos": goals[cube or 0], "target_block_yaw": [0.0]}
-        action = oracle.select_action(obs, info | {f"privileged/{name}": v for name, v in block.items()})
-        action = np.clip(action + noise * rng.standard_normal(len(action)), -1, 1)
+        block = cube or 0
+        target = {
+            "privileged/target_block": block,
+            "privileged/target_block_pos": goals[block],
+            "privileged/target_block_yaw": [0.0],
+        }
+        action = oracle.select_action(obs, info | target)
+        action = action + noise * rng.standard_normal(len(action))
+        action = np.clip(action, -1, 1)
         next_obs, reward, terminated, truncated, info = env.step(action)
-        steps.append((obs, action, reward))
-        obs, ended = next_obs, terminated or truncated
-    observations, actions, rewards = map(np.array, zip(*steps, strict=True))
-    observations = np.vstack([observations, obs])
-    return poco.Trajectory(observations, actions, rewards, bool(terminated), float(info["success"]), seed)
+        rows.append((obs, action, reward, terminated, truncated, next_obs, info["success"]))
+        obs = next_obs
+        ended = terminated or truncated
+    return rows
+
+
+def main(args):
+    env = gym.make(args.env_id)
+    first_seed = (2 * args.seed + 1) * 10**6
+    rows = []
+    for seed in trange(first_seed, first_seed + args.num_demos):
+        rows += demonstrate(env, seed, args.demo_noise)
+    names = ["observations", "actions", "rewards", "terminals", "timeouts"]
+    names += ["next_observations", "success"]
+    arrays = [np.array(column, np.float32) for column in zip(*rows, strict=True)]
+    columns = dict(zip(names, arrays, strict=True))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(args.out, **columns)
+    ends = columns["terminals"] + columns["timeouts"] > 0
+    success = columns["success"][ends].mean()
+    print(f"success {success:.2f}, {len(rows) / ends.sum():.0f} steps an episode")
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    env = gym.make(args.env_id)
-    seeds = trange((2 * args.seed + 1) * 10**6, (2 * args.seed + 1) * 10**6 + args.num_demos)
-    episodes = [demonstrate(env, seed, args.demo_noise) for seed in seeds]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(args.out, **poco.to_columns(episodes))
-    print(f"success {np.mean([e.success for e in episodes]):.2f},", end=" ")
-    print(f"{np.mean([len(e.rewards) for e in episodes]):.0f} steps an episode")
+    main(tyro.cli(Args))

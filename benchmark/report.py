@@ -1,4 +1,4 @@
-"""Writes the tables of both READMEs and draws the pictures of assets/ from the CSVs of benchmark/run.py.
+"""Writes the tables of both READMEs and draws assets/*.svg from the CSVs of benchmark/run.py.
 
     pip install -r benchmark/requirements.txt && python benchmark/report.py
     python benchmark/report.py --check    fails where a README says something else
@@ -19,21 +19,27 @@ sys.path.insert(0, str(ROOT))
 import ogpo
 import poco
 
-MAIN = "poco", "ogpo", "poco-weak", "ogpo-weak", "qc", "fql", "sac"  # methods of the front page, in its order
+MAIN = ["poco", "ogpo", "poco-weak", "ogpo-weak", "qc", "fql", "sac"]  # in the front page's order
 VARIANTS = "benchmark."  # environments of this folder, which the front page leaves out
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
-STEP, SECONDS, SUCCESS, RETURN = 0, 1, 3, 4  # columns of a result
-SHORT = "environment", "method", "seeds", "clone", "steps", "at the end", "worst", "to 90, 95 %", "minutes"
-LONG = "method", "clone", "steps", "at the end", "each seed", "return", "worst", "to 90, 95 %", "minutes"
-BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+STEP = 0  # columns of a result
+SECONDS = 1
+SUCCESS = 3
+RETURN = 4
+SHORT = ["environment", "method", "seeds", "clone", "steps", "at the end", "worst"]
+SHORT += ["to 90, 95 %", "minutes"]
+LONG = ["method", "clone", "steps", "at the end", "each seed", "return", "worst"]
+LONG += ["to 90, 95 %", "minutes"]
+BEGIN = "<!-- results -->\n"
+END = "<!-- /results -->"
 LEGEND = """
 ## Results
 
-Success in per cent, of single samples for the clone. Clone and at the end: interquartile mean over the seeds,
-in brackets its 95 % interval by bootstrap of the seeds within each environment. Worst: the lowest evaluation
-of any seed, minus its clone's. To 90, 95 %: environment steps and minutes from the clone on, median over the
-seeds, - where half of them or more did not get there. Return: mean sum of an episode's rewards, -1 for
-each step away from the goal (OGBench: for each cube).
+Success in per cent, of single samples for the clone. Clone and at the end: interquartile mean over
+the seeds, in brackets its 95 % interval by bootstrap of the seeds within each environment. Worst:
+the lowest evaluation of any seed, minus its clone's. To 90, 95 %: environment steps and minutes
+from the clone on, median over the seeds, - where half of them or more did not get there. Return:
+mean sum of an episode's rewards, -1 for each step away from the goal (OGBench: for each cube).
 """
 
 
@@ -43,6 +49,7 @@ class Args:
     check: bool = False  # compare the tables, write nothing
 
 
+# Results
 def read_results(folder):
     """Returns: by environment and method, evaluations (seeds, evaluations, columns)."""
     runs = defaultdict(dict)
@@ -50,104 +57,163 @@ def read_results(folder):
         _, method, seed = path.stem.split("__")
         env = path.read_text().split("--env-id ")[1].split()[0]
         runs[env, method][int(seed)] = np.loadtxt(path, delimiter=",", skiprows=2, ndmin=2)
-
-    def order(key):  # the front page's methods first
-        base = key[1].partition("+")[0]
-        return key[0], (*MAIN, base).index(base), key[1]
+    if not runs:
+        sys.exit(f"report.py: there are no results in {folder}.")
 
     results = defaultdict(dict)
     for env, method in sorted(runs, key=order):
-        seeds = [run for _, run in sorted(runs[env, method].items())]
-        if any(not np.array_equal(run[:, STEP], seeds[0][:, STEP]) for run in seeds):
-            sys.exit(f"report.py: the seeds of {method} in {env} were not evaluated at the same steps.")
+        by_seed = runs[env, method]
+        seeds = [by_seed[seed] for seed in sorted(by_seed)]
+        steps = seeds[0][:, STEP]
+        for run in seeds:
+            if not np.array_equal(run[:, STEP], steps):
+                sys.exit(f"report.py: seeds of {method} in {env} were evaluated at other steps.")
         results[env][method] = np.array(seeds)
-    return results or sys.exit(f"report.py: there are no results in {folder}.")
+    return results
 
 
-def mean_and_interval(*strata):
-    """Interquartile mean over the seeds, ends of its interval. Args: (seeds, ...) of each environment."""
-    def mean(*samples, axis):
-        return stats.trim_mean(np.concatenate(samples, axis), 0.25, axis)
-
-    center = mean(*strata, axis=0)
-    if min(map(len, strata)) == 1:
-        return center, center * np.nan, center * np.nan
-    return center, *stats.bootstrap(strata, mean, method="percentile", rng=0).confidence_interval
-
-
-def first(runs, level, column, pattern):
-    """Median over the runs of a column in the first evaluation at this level."""
-    median = np.median([next((at[column] for at in run if at[SUCCESS] >= level), np.inf) for run in runs])
-    return pattern.format(median).replace(",", " ") if np.isfinite(median) else "-"
-
-
-def row(env, method, strata):
-    """Cells by the titles of SHORT and LONG. Args: evaluations of an environment, or of each."""
-    runs = [run * [1, 1 / 60, 1, 1, 1] for evaluations in strata for run in evaluations]
-    clone, end = ([100 * evaluations[:, i, SUCCESS] for evaluations in strata] for i in (0, -1))
-    mean, low, high = mean_and_interval(*end)
-    steps, minutes = ([first(runs, level, column, pattern) for level in (0.9, 0.95)]
-                      for column, pattern in ((STEP, "{:,.0f}"), (SECONDS, "{:.1f}")))
-    return {
-        "environment": env,
-        "method": f"`{method}`",
-        "seeds": f"{len(runs)}",
-        "clone": f"{mean_and_interval(*clone)[0]:.0f}",
-        "steps": ", ".join(dict.fromkeys(f"{runs[0, -1, STEP]:,.0f}".replace(",", " ") for runs in strata)),
-        "at the end": f"**{mean:.0f}**" + (f" [{low:.0f}, {high:.0f}]" if np.isfinite(low) else ""),
-        "each seed": " ".join(f"{value:.0f}" for value in end[0]) if len(end) == 1 else "",
-        "return": f"{mean_and_interval(strata[0][:, -1, RETURN])[0]:.1f}" if len(strata) == 1 else "",
-        "worst": f"{round(100 * min((run[1:, SUCCESS] - run[0, SUCCESS]).min() for run in runs)):+d}",
-        "to 90, 95 %": ", ".join(steps),
-        "minutes": ", ".join(minutes),
-    }
-
-
-def table(titles, rows):
-    lines = [titles, *([cells[title] for title in titles] for cells in rows)]
-    head, *body = [f"| {' | '.join(line)} |\n" for line in lines]
-    return "".join([head, f"|{'---|' * len(titles)}\n", *body])
-
-
-def comparisons(results):
-    """The front page's environments with more than one of its methods."""
-    return {env: methods for env, methods in results.items()
-            if len(methods.keys() & {*MAIN}) > 1 and not env.startswith(VARIANTS)}
+def order(key):
+    """Sorts by environment, then the front page's methods first. Args: environment, method."""
+    env, method = key
+    base = method.partition("+")[0]
+    place = MAIN.index(base) if base in MAIN else len(MAIN)
+    return env, place, method
 
 
 def take_changes(results):
-    """Takes the methods with one other number, method+option=value, out of the results, if method is there
-    and the default is no 0, which a logarithmic axis does not have.
-    Returns: by environment, method and option, (value, the seeds' success at its end), the default first."""
+    """Takes the methods with one other number, method+option=value, out of the results, if method
+    is there and the default is no 0, which a logarithmic axis does not have.
+    Returns: by environment, method and option, (value, the seeds' success at its end), the default
+    first."""
     changes = {}
     for env, methods in results.items():
         for name in list(methods):
             method, _, change = name.partition("+")
             option, _, value = change.partition("=")
             default = DEFAULTS.get(option.replace("-", "_"))
-            if default and isinstance(default, float | int) and "+" not in value and method in methods:
-                runs, base = methods.pop(name), methods[method]
-                at = base[0, :, STEP] == runs[0, -1, STEP]
-                start = default, base[: len(runs), at, SUCCESS]  # the same seeds
-                points = changes.setdefault((env, method, option), [start])
-                points.append((float(value), runs[:, -1, SUCCESS]))
+            numeric = isinstance(default, float | int) and default != 0
+            if not numeric or "+" in value or method not in methods:
+                continue
+            runs = methods.pop(name)
+            base = methods[method][: len(runs)]  # the same seeds
+            at = base[0, :, STEP] == runs[0, -1, STEP]
+            start = (default, base[:, at, SUCCESS])
+            points = changes.setdefault((env, method, option), [start])
+            points.append((float(value), runs[:, -1, SUCCESS]))
     return changes
+
+
+def is_main(env, method):
+    return method in MAIN and not env.startswith(VARIANTS)
+
+
+def comparisons(results):
+    """The front page's environments with more than one of its methods."""
+    several = {}
+    for env, methods in results.items():
+        if sum(is_main(env, method) for method in methods) > 1:
+            several[env] = methods
+    return several
+
+
+# Tables
+def mean_and_interval(*strata):
+    """Interquartile mean over the seeds, ends of its interval.
+    Args: (seeds, ...) of each environment."""
+    def mean(*samples, axis):
+        return stats.trim_mean(np.concatenate(samples, axis), 0.25, axis)
+
+    center = mean(*strata, axis=0)
+    if min(map(len, strata)) == 1:
+        nothing = np.full_like(center, math.nan)
+        return center, nothing, nothing
+    result = stats.bootstrap(strata, mean, method="percentile", rng=0)
+    return center, *result.confidence_interval
+
+
+def with_spaces(number):
+    return f"{number:,.0f}".replace(",", " ")
+
+
+def first(runs, level, column):
+    """Median over the runs of a column in the first evaluation at this level, infinite if none."""
+    firsts = []
+    for run in runs:
+        reached = run[run[:, SUCCESS] >= level, column]
+        firsts.append(reached[0] if len(reached) > 0 else math.inf)
+    return np.median(firsts)
+
+
+def row(env, method, strata):
+    """Cells by the titles of SHORT and LONG. Args: evaluations of an environment, or of each."""
+    runs = [run for evaluations in strata for run in evaluations]
+    clone = [100 * evaluations[:, 0, SUCCESS] for evaluations in strata]
+    end = [100 * evaluations[:, -1, SUCCESS] for evaluations in strata]
+    last_steps = [with_spaces(evaluations[0, -1, STEP]) for evaluations in strata]
+    worst = min((run[1:, SUCCESS] - run[0, SUCCESS]).min() for run in runs)
+    clone_mean, _, _ = mean_and_interval(*clone)
+    mean, low, high = mean_and_interval(*end)
+
+    at_the_end = f"**{mean:.0f}**"
+    if math.isfinite(low):
+        at_the_end += f" [{low:.0f}, {high:.0f}]"
+    steps = []
+    minutes = []
+    for level in (0.9, 0.95):
+        step = first(runs, level, STEP)
+        seconds = first(runs, level, SECONDS)
+        steps.append(with_spaces(step) if math.isfinite(step) else "-")
+        minutes.append(f"{seconds / 60:.1f}" if math.isfinite(seconds) else "-")
+    each_seed = ""
+    mean_return = ""
+    if len(strata) == 1:
+        each_seed = " ".join(f"{value:.0f}" for value in end[0])
+        mean_return = f"{mean_and_interval(strata[0][:, -1, RETURN])[0]:.1f}"
+    return {
+        "environment": env,
+        "method": f"`{method}`",
+        "seeds": f"{len(runs)}",
+        "clone": f"{clone_mean:.0f}",
+        "steps": ", ".join(dict.fromkeys(last_steps)),
+        "at the end": at_the_end,
+        "each seed": each_seed,
+        "return": mean_return,
+        "worst": f"{round(100 * worst):+d}",
+        "to 90, 95 %": ", ".join(steps),
+        "minutes": ", ".join(minutes),
+    }
+
+
+def table(titles, rows):
+    lines = [f"| {' | '.join(titles)} |\n", f"|{'---|' * len(titles)}\n"]
+    for cells in rows:
+        chosen = [cells[title] for title in titles]
+        lines.append(f"| {' | '.join(chosen)} |\n")
+    return "".join(lines)
 
 
 def tables(results):
     """Returns: what belongs between the markers of each README."""
-    rows = {env: [row(env, method, [runs]) for method, runs in results[env].items()] for env in results}
-    main = [cells for env, group in rows.items() for cells in group
-            if cells["method"].strip("`") in MAIN and not env.startswith(VARIANTS)]
+    short = []
+    long = [LEGEND]
+    for env, methods in results.items():
+        rows = {method: row(env, method, [runs]) for method, runs in methods.items()}
+        short += [cells for method, cells in rows.items() if is_main(env, method)]
+        if rows:
+            long.append(f"\n### {env}\n\n{table(LONG, rows.values())}")
     several = comparisons(results).values()
     everywhere = [method for method in MAIN if all(method in methods for methods in several)]
     if len(several) > 1 and len(everywhere) > 1:
-        rows["all"] = [row("all", method, [methods[method] for methods in several]) for method in everywhere]
-    parts = [f"\n### {env}\n\n{table(LONG, group)}" for env, group in rows.items() if group]
-    long = "".join([LEGEND, *parts, "\n"])
-    return {ROOT / "README.md": table(SHORT, main), ROOT / "benchmark/README.md": long}
+        rows = []
+        for method in everywhere:
+            rows.append(row("all", method, [methods[method] for methods in several]))
+        long.append(f"\n### all\n\n{table(LONG, rows)}")
+    texts = {ROOT / "README.md": table(SHORT, short)}
+    texts[ROOT / "benchmark/README.md"] = "".join([*long, "\n"])
+    return texts
 
 
+# Pictures
 def new_figure(rows, columns, height):
     """Returns: the figure and its axes (rows, columns)."""
     import matplotlib
@@ -161,18 +227,21 @@ def new_figure(rows, columns, height):
 def draw(results, path):
     """A row of two axes for each comparison: against steps, and against minutes."""
     figure, axes = new_figure(len(results), 2, height=3.5)
-    for pair, (env, methods) in zip(axes, results.items(), strict=True):
-        for method in (method for method in MAIN if method in methods):
-            mean, low, high = mean_and_interval(100 * methods[method][:, :, SUCCESS])
-            for axis, column, unit in zip(pair, (STEP, SECONDS), (1000, 60), strict=True):
-                x, color = methods[method][:, :, column].mean(0) / unit, f"C{MAIN.index(method)}"
-                axis.plot(x, mean, color=color, label=method)
-                axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    for (by_step, by_minute), (env, methods) in zip(axes, results.items(), strict=True):
+        for index, method in enumerate(MAIN):
+            if method not in methods:
+                continue
+            runs = methods[method]
+            mean, low, high = mean_and_interval(100 * runs[:, :, SUCCESS])
+            x = {by_step: runs[0, :, STEP] / 1000, by_minute: runs[:, :, SECONDS].mean(0) / 60}
+            for axis in (by_step, by_minute):
+                axis.plot(x[axis], mean, color=f"C{index}", label=method)
+                axis.fill_between(x[axis], low, high, color=f"C{index}", alpha=0.15, linewidth=0)
                 axis.set(title=env, ylim=(0, 102))
                 axis.grid(alpha=0.3)
-        pair[0].set(xlabel="online environment steps / 1000", ylabel="success in per cent")
-        pair[1].set(xlabel="minutes since the clone")
-        pair[0].legend(loc="lower right")
+        by_step.set(xlabel="online environment steps / 1000", ylabel="success in per cent")
+        by_minute.set(xlabel="minutes since the clone")
+        by_step.legend(loc="lower right")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -180,10 +249,14 @@ def draw_changes(changes, path):
     """An axis for each setting: every seed, the mean and, as a line, the default."""
     figure, axes = new_figure(math.ceil(len(changes) / 4), 4, height=2.2)
     for axis, ((_, method, option), points) in zip(axes.flat, changes.items(), strict=False):
-        axis.axvline(points[0][0], color="gray", linewidth=0.8)
+        default, _ = points[0]
+        axis.axvline(default, color="gray", linewidth=0.8)
+        means = []
         for value, success in points:
-            axis.plot([value] * success.size, 100 * success.ravel(), ".", color="C0", alpha=0.5)
-        axis.plot(*zip(*sorted((value, 100 * success.mean()) for value, success in points), strict=True))
+            percents = 100 * success.ravel()
+            axis.plot([value] * len(percents), percents, ".", color="C0", alpha=0.5)
+            means.append((value, percents.mean()))
+        axis.plot(*zip(*sorted(means), strict=True))
         axis.set_title(f"{method} --{option}", fontsize="medium")
         axis.set(xscale="log", ylim=(0, 102))
         axis.grid(alpha=0.3)
@@ -194,8 +267,9 @@ def draw_changes(changes, path):
 
 
 def main(args):
-    results, stale = read_results(args.results), []
+    results = read_results(args.results)
     changes = take_changes(results)
+    stale = []
     for path, text in tables(results).items():
         before, _, rest = path.read_text().partition(BEGIN)
         old, end, after = rest.partition(END)
@@ -205,12 +279,14 @@ def main(args):
             stale.append(str(path.relative_to(ROOT)))
         if not args.check:
             path.write_text(f"{before}{BEGIN}{text}{END}{after}")
-    if not args.check:
-        draw(comparisons(results), ROOT / "assets/success.svg")
-        if changes:
-            draw_changes(changes, ROOT / "assets/settings.svg")
-    elif stale:
-        sys.exit(f"report.py: {' and '.join(stale)} are not the results; run python benchmark/report.py.")
+    if args.check:
+        if stale:
+            names = " and ".join(stale)
+            sys.exit(f"report.py: {names} are not the results; run python benchmark/report.py.")
+        return
+    draw(comparisons(results), ROOT / "assets/success.svg")
+    if changes:
+        draw_changes(changes, ROOT / "assets/settings.svg")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Runs environments x methods x seeds, a process and a thread each, and writes a small CSV of every one.
+"""Runs environments x methods x seeds, a process and a thread each, and writes a CSV of every one.
 
-    python benchmark/run.py --methods poco ogpo --seeds 1 2 3    goes on where it stopped, after any end
-    python benchmark/run.py --methods poco+gamma=0.99 ogpo-weak  other arguments; from the weak clone
+    python benchmark/run.py --methods poco ogpo --seeds 1 2 3    goes on where it stopped
+    python benchmark/run.py --methods poco+gamma=0.99 ogpo-weak  other arguments; a weak clone
     python benchmark/run.py --dry-run                            print the commands of what is left
     python benchmark/run.py --slurm | sbatch                     each run a task of an array
 
-The runs of an environment and seed start from the same clone, made first. A method is any script that takes
---env-id, --seed, --torch-threads, --policy, --critic-warmup, --total-timesteps and --resume and writes the
-files of poco.Run.
+The runs of an environment and seed start from the same clone, made first. A method is any script
+that takes --env-id, --seed, --torch-threads, --policy, --critic-warmup, --total-timesteps and
+--resume and writes the files of poco.Run.
 """
 
 import csv
@@ -30,8 +30,12 @@ sys.path.insert(0, str(ROOT))
 import ogpo
 import poco
 
-CUBES = f"--dataset {ROOT}/runs/cube-double.npz --eval-interval 5000"  # a failure takes 500 steps
-ENVIRONMENTS = {"ogbench:cube-double-singletask-task2-v0": CUBES}  # what to type for them, paths absolute
+CUBES = f"--dataset {ROOT}/runs/cube-double.npz --eval-interval 5000"  # failures take 500 steps
+ENVIRONMENTS = {  # what to type for them, paths absolute
+    "ogbench:cube-double-singletask-task2-v0": CUBES,
+    "benchmark.scaled:FetchPickAndPlace-x0.01-v4": f"--dataset {ROOT}/runs/scaled-x0.01.npz",
+    "benchmark.scaled:FetchPickAndPlace-x100-v4": f"--dataset {ROOT}/runs/scaled-x100.npz",
+}
 METHODS = {  # what follows python
     "clone": "poco.py --critic-warmup 0 --total-timesteps 1",
     "weak-clone": "poco.py --critic-warmup 0 --total-timesteps 1 --bc-steps 400",
@@ -52,7 +56,7 @@ METHODS = {  # what follows python
     "sac": "benchmark/sac.py",
 }
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
-COLUMNS = "global_step", "seconds", "eval/ode_success", "eval/success", "eval/return"
+COLUMNS = ("global_step", "seconds", "eval/ode_success", "eval/success", "eval/return")
 
 
 @dataclass
@@ -74,31 +78,45 @@ class Job:
     """A run in its own folder, to be started or resumed."""
     def __init__(self, args, seed, env, method):
         self.name = f"{env}__{method}__{seed}".replace("/", "-").replace(":", "-")
-        self.folder, self.result = args.out.resolve() / self.name, args.results / f"{self.name}.csv"
+        self.folder = args.out.resolve() / self.name
+        self.result = args.results / f"{self.name}.csv"
         setting, *changes = method.split("+")
-        base, self.clone = setting.removesuffix("-weak"), None
+        base = setting.removesuffix("-weak")
         poco.require(base in METHODS, f"there is no method {base}, only {', '.join(METHODS)}")
-        self.words = METHODS[base].split() + [word for c in changes for word in f"--{c}".split("=", 1)]
+        self.words = METHODS[base].split()
+        for change in changes:
+            self.words += f"--{change}".split("=", 1)
+        self.clone = None
         options = {"--env-id": env, "--seed": seed, "--torch-threads": 1}
         if not base.endswith("clone"):
             self.clone = Job(args, seed, env, "clone" if base == setting else "weak-clone")
             options["--policy"] = f"{self.clone.folder}/runs/*/clone.pt"
-            options["--critic-warmup"] = DEFAULTS["critic_warmup"]  # what is not typed is as in the clone
+            options["--critic-warmup"] = DEFAULTS["critic_warmup"]  # other arguments: the clone's
             options["--total-timesteps"] = args.total_timesteps
-        self.words += [str(word) for pair in options.items() if pair[0] not in self.words for word in pair]
+        for name, value in options.items():
+            if name not in self.words:  # a method's own counts
+                self.words += [name, str(value)]
         self.words += shlex.split(f"{ENVIRONMENTS.get(env, '')} {args.extra}")
 
     def files(self, name):
         return sorted(self.folder.glob(f"runs/*/{name}"))
 
     def command(self):
+        words = self.words
         clones = self.clone.files("clone.pt") if self.clone else []
-        words = [str(clones[0]) if clones and word.endswith("*/clone.pt") else word for word in self.words]
-        resume = [word for file in self.files("checkpoint.pt") for word in ("--resume", str(file.parent))]
+        if clones:
+            pattern = f"{self.clone.folder}/runs/*/clone.pt"
+            words = [str(clones[0]) if word == pattern else word for word in words]
+        resume = []
+        for checkpoint in self.files("checkpoint.pt"):
+            resume += ["--resume", str(checkpoint.parent)]
         return [sys.executable, str(ROOT / words[0]), *words[1:], *resume]
 
     def rows(self):
-        with open((self.files("metrics.csv") or [os.devnull])[0]) as file:
+        tables = self.files("metrics.csv")
+        if not tables:
+            return []
+        with open(tables[0]) as file:
             return list(csv.DictReader(file))
 
     def done(self):
@@ -111,44 +129,64 @@ class Job:
         with open(self.folder / "log.txt", "a") as log:
             if not self.done():
                 print(time.strftime("%H:%M"), self.name, flush=True)
-            fcntl.flock(log, fcntl.LOCK_EX)  # inherited: waits for a process that outlived its run.py
+            fcntl.flock(log, fcntl.LOCK_EX)  # inherited: waits for one that outlived its run.py
             if self.done():
                 return None
-            print("\n$", *self.command(), file=log, flush=True)
+            command = self.command()
+            print("\n$", *command, file=log, flush=True)
             env = os.environ | {"OMP_NUM_THREADS": "1"}
-            return subprocess.Popen(self.command(), cwd=self.folder, env=env, stdout=log, stderr=log)
+            return subprocess.Popen(command, cwd=self.folder, env=env, stdout=log, stderr=log)
 
     def error(self, process):
-        log = (self.folder / "log.txt").read_text(errors="replace").rpartition("\n$ ")[2]
-        named = re.findall(r"(?:\w+\.py|[\w.]+Error|\w+ options): [^│\n]*", log)
+        log = (self.folder / "log.txt").read_text(errors="replace")
+        _, _, last_run = log.rpartition("\n$ ")
+        named = re.findall(r"(?:\w+\.py|[\w.]+Error|\w+ options): [^│\n]*", last_run)
         reason = named[-1].strip() if named else f"exit status {process.returncode}"
         return f"{reason} ({self.folder}/log.txt)"
 
     def write_result(self):
-        """The command, what else is not a default, and the evaluations, the first of which is the clone's."""
-        saved = poco.read_file(self.files("policy.pt")[0])[1]["args"].items()
-        others = [f"{name}={value}" for name, value in saved
-                  if value != DEFAULTS.get(name) and f"--{name.replace('_', '-')}" not in self.words]
-        command = " ".join(["# python", *self.words, *others]).replace(f"{ROOT}/", "")
-        rows = [[row["global_step"], *(f"{float(row[name]):.5g}" for name in COLUMNS[1:])]
-                for row in self.rows() if row["eval/success"]]
+        """The command, what else is not a default, and the evaluations, first the clone's."""
+        _, content = poco.read_file(self.files("policy.pt")[0])
+        words = ["# python", *self.words]
+        for name, value in content["args"].items():
+            option = f"--{name.replace('_', '-')}"
+            if value != DEFAULTS.get(name) and option not in self.words:
+                words.append(f"{name}={value}")
+        lines = [" ".join(words).replace(f"{ROOT}/", ""), ",".join(COLUMNS)]
+        for row in self.rows():
+            if row["eval/success"]:
+                values = [f"{float(row[name]):.5g}" for name in COLUMNS[1:]]
+                lines.append(",".join([row["global_step"], *values]))
         self.result.parent.mkdir(parents=True, exist_ok=True)
-        self.result.write_text("\n".join([command, *map(",".join, [COLUMNS, *rows]), ""]))
+        self.result.write_text("\n".join(lines) + "\n")
+
+
+def next_job(queue, finished):
+    """Returns: the first job whose clone is there, None if there is none."""
+    for job in queue:
+        if job.clone is None or job.clone.name in finished:
+            return job
+    return None
 
 
 def work(queue, workers):
     """Runs the jobs. Returns: why some failed, by name."""
-    running, finished, failed = {}, set(), {}
+    running = {}
+    finished = set()
+    failed = {}
     try:
         while True:
-            ready = [job for job in queue if not job.clone or job.clone.name in finished]
-            for job in ready[: workers - len(running)]:
+            job = next_job(queue, finished)
+            while job and len(running) < workers:
                 queue.remove(job)
                 running[job] = job.start()
+                job = next_job(queue, finished)
             if not running:
                 return failed | {job.name: "its clone failed" for job in queue}
             time.sleep(0.1)
-            for job, process in [(j, p) for j, p in running.items() if p is None or p.poll() is not None]:
+            for job, process in list(running.items()):
+                if process and process.poll() is None:
+                    continue
                 del running[job]
                 if not job.done():
                     failed[job.name] = job.error(process)
@@ -157,26 +195,42 @@ def work(queue, workers):
                 else:
                     finished.add(job.name)
     finally:
-        for process in filter(None, running.values()):
-            process.terminate()
-            process.wait()
+        for process in running.values():
+            if process:
+                process.terminate()
+                process.wait()
+
+
+def print_slurm(num_jobs):
+    """An array script that runs this command, a job a task."""
+    words = [sys.executable, str(Path(__file__).resolve())]
+    words += [word for word in sys.argv[1:] if word != "--slurm"]
+    print("#!/bin/bash")
+    print(f"#SBATCH --array=0-{num_jobs - 1}")
+    print("#SBATCH --cpus-per-task=1")
+    print(f"cd {Path.cwd()}")
+    print(shlex.join(words), "--only $SLURM_ARRAY_TASK_ID")
 
 
 def main(args):
     poco.require(args.workers > 0, "--workers is below 1.")
-    jobs = [Job(args, *key) for key in itertools.product(args.seeds, args.envs, args.methods)]
+    keys = itertools.product(args.seeds, args.envs, args.methods)
+    jobs = [Job(args, *key) for key in keys]
     if args.slurm:
-        words = [sys.executable, str(Path(__file__).resolve()), *(w for w in sys.argv[1:] if w != "--slurm")]
-        print(f"#!/bin/bash\n#SBATCH --array=0-{len(jobs) - 1}\n#SBATCH --cpus-per-task=1\ncd {Path.cwd()}")
-        return print(shlex.join(words), "--only $SLURM_ARRAY_TASK_ID")
-    jobs = jobs if args.only is None else [jobs[args.only]]
-    queue = list({job.name: job for job in [job.clone for job in jobs if job.clone] + jobs}.values())
+        return print_slurm(len(jobs))
+    if args.only is not None:
+        jobs = [jobs[args.only]]
+    clones = [job.clone for job in jobs if job.clone]
+    by_name = {job.name: job for job in clones + jobs}  # a clone serves several
+    queue = list(by_name.values())
     if args.dry_run:
-        left = [f"mkdir -p {job.folder} && cd {job.folder} && {' '.join(job.command())}\n"
-                for job in queue if not job.done()]
-        return print(*left, sep="", end="")
+        for job in queue:
+            if not job.done():
+                print(f"mkdir -p {job.folder} && cd {job.folder} && {' '.join(job.command())}")
+        return None
     failed = work(queue, args.workers)
-    print(*(f"{name} failed: {reason}\n" for name, reason in failed.items()), sep="", end="")
+    for name, reason in failed.items():
+        print(f"{name} failed: {reason}")
     sys.exit(1 if failed else 0)
 
 

@@ -1,22 +1,22 @@
-"""Stable-Baselines3's SAC with hindsight (HER) and the demonstrations in its buffer, evaluated as poco.py is.
+"""Stable-Baselines3's SAC with hindsight (HER) and demonstrations, evaluated as poco.py is.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/sac.py --policy runs/.../clone.pt    that clone's arguments, task and demonstrations
+    python benchmark/sac.py --policy runs/.../clone.pt    that clone's arguments, task and data
 
-For environments with a goal. SAC's actor cannot start from a flow: it starts with --critic-warmup gradient
-steps on the demonstrations, then makes one a step, in one environment. Its settings are those published for
-HER (Stable-Baselines3's example; tau from its zoo, for Fetch). --resume begins anew in the same folder.
+For environments with a goal. SAC's actor cannot start from a flow: it starts with
+--critic-warmup gradient steps on the demonstrations, then makes one a step, in one environment.
+Its settings are those published for HER (Stable-Baselines3's example; tau from its zoo, for
+Fetch). --resume begins anew in the same folder.
 """
 
+import csv
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium as gym
 import torch
-import tyro
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -24,77 +24,109 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import poco
 
 PUBLISHED = {"learning_rate": 1e-3, "batch_size": 256, "gamma": 0.95, "tau": 0.05}
+LAYERS = [256, 256, 256]
 HER = {"n_sampled_goal": 4, "goal_selection_strategy": "future"}
 
 
-class Actor:
-    """The mode of SAC's actor as a policy of poco.evaluate: flat observations, chunks of one action."""
+class Actor(torch.nn.Module):
+    """The mode of SAC's actor as a policy of poco.py: flat observations, chunks of one action."""
     def __init__(self, model):
-        self.model, self.normalize = model, SimpleNamespace(mean=torch.zeros((), device=model.device))
+        super().__init__()
+        self.actor = model.actor
+        self.spaces = model.observation_space.spaces  # in the order of gym.spaces.flatten
+        self.widths = [gym.spaces.flatdim(space) for space in self.spaces.values()]
 
-    def sample(self, obs):
-        spaces = self.model.observation_space.spaces  # in the order of gym.spaces.flatten
-        parts = obs.split([gym.spaces.flatdim(space) for space in spaces.values()], dim=1)
-        return self.model.actor(dict(zip(spaces, parts, strict=True)), deterministic=True)
+    def encode(self, obs):
+        return obs.float()
+
+    def sample(self, features):
+        parts = features.split(self.widths, dim=1)
+        obs = dict(zip(self.spaces, parts, strict=True))
+        return self.actor(obs, deterministic=True)
 
 
 class Evaluate(BaseCallback):
     """Learns from the demonstrations, then evaluates and writes what benchmark/run.py reads."""
     def __init__(self, args, folder):
         super().__init__()
-        self.args, self.folder, self.start_time, self.rows = args, folder, time.time(), []
+        self.args = args
+        self.folder = folder
+        self.start_time = time.time()
+        self.rows = []
 
     def _on_training_start(self):
         self.model.train(self.args.critic_warmup, PUBLISHED["batch_size"])
-        self._on_step()
+        self.evaluate()
 
     def _on_step(self):
-        step, args = self.num_timesteps, self.args
-        if step % args.eval_interval == 0 or step == args.total_timesteps:
-            with torch.random.fork_rng():  # poco.evaluate seeds
-                policy, critic = Actor(self.model), lambda obs, chunk: obs.T[:1]  # nothing to choose
-                values = poco.evaluate(policy, critic, args, 1, Path(f"step {step}"))
-            self.rows.append({"global_step": step, "seconds": time.time() - self.start_time} | values)
-            lines = [self.rows[0], *(row.values() for row in self.rows)]
-            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-            poco.save_file(self, "policy.pt", {"policy": self.model.policy.state_dict()})
-            poco.write_file(self.folder / "metrics.csv", text.encode())
+        step = self.num_timesteps
+        if step % self.args.eval_interval == 0 or step == self.args.total_timesteps:
+            self.evaluate()
         return True
+
+    def evaluate(self):
+        """Adds a row to metrics.csv and writes policy.pt."""
+        step = self.num_timesteps
+        policy = Actor(self.model)
+        with torch.random.fork_rng():  # poco.evaluate seeds
+            videos = Path(f"step {step}")
+            values = poco.evaluate(policy, None, self.args, 1, videos)
+        row = {"global_step": step, "seconds": time.time() - self.start_time}
+        row["eval/ode_success"] = values["eval/success"]
+        self.rows.append(row | values)
+        with open(self.folder / "metrics.csv", "w") as file:
+            writer = csv.DictWriter(file, self.rows[0])
+            writer.writeheader()
+            writer.writerows(self.rows)
+        networks = {"policy": self.model.policy.state_dict()}
+        poco.save_file(self.folder / "policy.pt", self.args, networks)
 
 
 def add_episode(buffer, space, episode):
     """Writes an episode with flat observations into the buffer of one environment."""
-    obs = [{key: part[None] for key, part in gym.spaces.unflatten(space, o).items()} for o in episode.obs]
-    for t, (action, reward) in enumerate(zip(episode.actions, episode.rewards, strict=True)):
-        done = t == len(episode.actions) - 1
-        infos = [{"TimeLimit.truncated": done and not episode.terminated}]
-        buffer.add(obs[t], obs[t + 1], action[None], [reward], [done], infos)
+    all_obs = []
+    for flat in episode.obs:
+        parts = gym.spaces.unflatten(space, flat)
+        all_obs.append({name: part[None] for name, part in parts.items()})
+    last = len(episode.actions) - 1
+    for t, action in enumerate(episode.actions):
+        done = t == last
+        info = {"TimeLimit.truncated": done and not episode.terminated}
+        reward = episode.rewards[t]
+        buffer.add(all_obs[t], all_obs[t + 1], action[None], [reward], [done], [info])
 
 
-def train(args):
-    env, name = gym.make(args.env_id), f"{args.env_id}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = args.resume or Path("runs") / name.replace("/", "-").replace(":", "-")
-    callback, demos = Evaluate(args, folder), poco.load_demonstrations(args)
-    poco.require(demos and hasattr(env.unwrapped, "compute_reward"), "sac.py needs demonstrations and goals.")
-    size = sum(len(episode.actions) for episode in demos) + args.total_timesteps
-    buffer = {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": HER, "buffer_size": size}
-    others = {"policy_kwargs": {"net_arch": [256, 256, 256]}, "learning_starts": 0, "seed": args.seed + 10**9}
-    model = SAC("MultiInputPolicy", env, **PUBLISHED, **buffer, **others)  # a seed of no other episode
+def train(args, _):
+    """In the place of poco.train."""
+    args = replace(args, chunk_size=1, best_of_n=1, **PUBLISHED)
+    env = gym.make(args.env_id)
+    poco.require(hasattr(env.unwrapped, "compute_reward"), "SAC with HER needs goals.")
+    envs = poco.Environments(args, first_seed=0, num_envs=1)
+    demos = poco.load_demonstrations(args, envs)
+    envs.close()
+    demo_steps = sum(len(episode.actions) for episode in demos)
+    poco.require(demos, "SAC needs demonstrations here.")
+    model = SAC(
+        "MultiInputPolicy",
+        env,
+        replay_buffer_class=HerReplayBuffer,
+        replay_buffer_kwargs=HER,
+        buffer_size=demo_steps + args.total_timesteps,
+        policy_kwargs={"net_arch": LAYERS},
+        learning_starts=0,
+        seed=args.seed + 10**9,  # of no other episode
+        **PUBLISHED,
+    )
     for episode in demos:
         add_episode(model.replay_buffer, env.observation_space, episode)
+    name = f"{args.env_id}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = args.resume or Path("runs") / name.replace("/", "-").replace(":", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    poco.save_file(callback, "checkpoint.pt", {})
-    model.learn(args.total_timesteps, callback)
+    poco.save_file(folder / "checkpoint.pt", args, {})
+    model.learn(args.total_timesteps, Evaluate(args, folder))
 
 
 if __name__ == "__main__":
-    try:
-        arguments = tyro.cli(poco.Args)
-        file = arguments.resume / "checkpoint.pt" if arguments.resume else arguments.policy
-        arguments = tyro.cli(poco.Args, default=poco.read_file(file)[0]) if file else arguments
-        poco.check(arguments)
-        torch.set_num_threads(arguments.torch_threads or torch.get_num_threads())
-        train(replace(arguments, chunk_size=1, best_of_n=1, **PUBLISHED))
-    except (poco.UserError, OSError) as error:
-        print(f"sac.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    poco.METHOD = "benchmark/sac"
+    poco.train = train
+    poco.main()

@@ -1,13 +1,31 @@
-"""FetchPickAndPlace-v4, rewards times 0.01 or 100: --env-id benchmark.scaled:FetchPickAndPlace-x100-v4"""
+"""FetchPickAndPlace-v4 with its rewards times 0.01 or 100, and its demonstrations with such rewards.
+
+    python benchmark/scaled.py                        writes runs/scaled-x0.01.npz, runs/scaled-x100.npz
+    python poco.py --dataset runs/scaled-x100.npz --env-id benchmark.scaled:FetchPickAndPlace-x100-v4
+"""
 
 from functools import partial
+from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+FACTORS = (0.01, 100)
 
 
-def make(factor, **others):
-    return gym.wrappers.TransformReward(gym.make("FetchPickAndPlace-v4", **others), lambda r: factor * r)
+def make(factor, **options):
+    env = gym.make("FetchPickAndPlace-v4", **options)
+    return gym.wrappers.TransformReward(env, lambda reward: factor * reward)
 
 
-for factor in (0.01, 100):
-    gym.register(f"FetchPickAndPlace-x{factor}-v4", partial(make, factor), max_episode_steps=50)
+for factor in FACTORS:
+    make_scaled = partial(make, factor)
+    gym.register(f"FetchPickAndPlace-x{factor}-v4", make_scaled, max_episode_steps=50)
+
+if __name__ == "__main__":
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with np.load(ROOT / "demos/FetchPickAndPlace-v4.npz") as demos:
+        for factor in FACTORS:
+            columns = dict(demos) | {"rewards": factor * demos["rewards"]}
+            np.savez_compressed(ROOT / f"runs/scaled-x{factor}.npz", **columns)
