@@ -146,6 +146,10 @@ def tensors(*arrays):
     return [torch.tensor(array).float() for array in arrays]
 
 
+def doubles(*given):
+    return [tensor.double().numpy() for tensor in given]
+
+
 @pytest.fixture
 def flow():
     """A policy with statistics, and observations."""
@@ -157,25 +161,26 @@ def flow():
 
 def test_bc_loss_is_the_flow_matching_loss_over_the_valid_entries(flow):
     policy, obs = flow
-    rng = np.random.default_rng(1)
-    chunk, noise, t = (rng.normal(size=(4, n)) for n in (6, 6, 1))
+    chunk = np.random.default_rng(1).normal(size=(4, 6))
     valid = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])  # T = 3 actions of 2 numbers
-    expected = numpy_bc_losses(policy, obs, chunk, valid, noise, t)
-    features = policy.encode(*tensors(obs))
-    losses = policy.bc_loss(features, *tensors(chunk, valid, noise, t))
-    np.testing.assert_allclose(losses.detach(), expected, rtol=1e-5)
-    expected = numpy_bc_losses(policy, obs, chunk, np.ones((4, 3)), noise, t)
-    given = tensors(chunk, noise, t)
-    losses = policy.bc_loss(features, given[0], None, *given[1:])
-    np.testing.assert_allclose(losses.detach(), expected, rtol=1e-5)
+    for mask in (valid, None):
+        torch.manual_seed(1)
+        given = tensors(chunk) if mask is None else tensors(chunk, mask)
+        losses = policy.bc_loss(policy.encode(*tensors(obs)), *given)
+        torch.manual_seed(1)
+        drawn = doubles(torch.randn(4, 6), torch.rand(4, 1))
+        expected = numpy_bc_losses(policy, obs, chunk, np.ones((4, 3)) if mask is None else mask, *drawn)
+        np.testing.assert_allclose(losses.detach(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("given", "steps"), [(None, 7), (3, 3)])
 def test_sample_takes_euler_steps_and_clamps(flow, given, steps):
     policy, obs = flow
-    noise = np.random.default_rng(1).normal(size=(4, 6))
-    sampled = policy.sample(policy.encode(*tensors(obs)), *tensors(noise), flow_steps=given)
-    np.testing.assert_allclose(sampled.detach(), numpy_sample(policy, obs, noise, steps), rtol=1e-4, atol=1e-6)
+    torch.manual_seed(1)
+    sampled = policy.sample(policy.encode(*tensors(obs)), given)
+    torch.manual_seed(1)
+    expected = numpy_sample(policy, obs, *doubles(torch.randn(4, 6)), steps)
+    np.testing.assert_allclose(sampled.detach(), expected, rtol=1e-4, atol=1e-6)
     assert policy.sample(torch.zeros(1000, 3)).abs().max() <= 1
 
 
@@ -304,12 +309,11 @@ def test_poco_loss_is_equation_23(beta, zeta):
 
 def test_a_candidate_beyond_the_clip_gives_no_gradient():
     policy = FlowPolicy(obs_dim=2, chunk_dim=2)
-    obs, chunk = torch.randn(2, 2), torch.tensor([[0.1, 0.1], [1.0, -1.0]])
-    noise, moment = torch.tensor([[0.0, 0.0], [3.0, 3.0]]), torch.full((2, 1), 0.5)
+    obs, chunk = torch.randn(2, 2), torch.tensor([[0.1, 0.1], [30.0, -30.0]])
     for row in (0, 1):
-        losses = policy.bc_loss(obs, chunk, None, noise, moment)
-        assert losses[0] < 1 < losses[1]
-        loss = poco.poco_loss(losses.view(1, 2), torch.eye(2)[[row]], torch.zeros(1), 1.0, 1.0)
+        losses = policy.bc_loss(obs, chunk)
+        assert losses[0] < 20 < losses[1]
+        loss = poco.poco_loss(losses.view(1, 2), torch.eye(2)[[row]], torch.zeros(1), 1.0, 20.0)
         gradient = sum(part.abs().sum() for part in torch.autograd.grad(loss, list(policy.parameters())))
         assert (gradient > 1e-3) if row == 0 else (gradient == 0)
 
@@ -333,7 +337,7 @@ def test_poco_s_update_as_a_whole(settings):
     torch.manual_seed(5)
     states = torch.rand(8).argsort()[:3]
     drawn = [torch.randn(12, 4), torch.randn(12, 4), torch.rand(12, 1), torch.randn(8, 4), torch.rand(8, 1)]
-    noise, x_0, t, batch_x_0, batch_t = (tensor.double().numpy() for tensor in drawn)
+    noise, x_0, t, *batch_drawn = doubles(*drawn)
     obs = np.repeat(batch.obs[states].double().numpy(), 4, axis=0)
     candidates = numpy_sample(policy, obs, noise, 6)  # twice K
     q = numpy_q(critic, obs, candidates).mean(0).reshape(3, 4)
@@ -341,8 +345,7 @@ def test_poco_s_update_as_a_whole(settings):
     weights = np.exp((q - q.max(1, keepdims=True)) / eta)
     weights /= weights.sum(1, keepdims=True)
     losses = numpy_bc_losses(policy, obs, candidates, np.ones((12, 1)), x_0, t).reshape(3, 4)
-    own = [batch.obs, batch.chunk, batch.valid]
-    bc = numpy_bc_losses(policy, *(tensor.double().numpy() for tensor in own), batch_x_0, batch_t)
+    bc = numpy_bc_losses(policy, *doubles(batch.obs, batch.chunk, batch.valid), *batch_drawn)
     zeta = args.clip_threshold or np.quantile(bc, 0.9)
     expected = args.posterior_coef * (weights * np.minimum(losses, zeta)).sum(1).mean() + bc.mean()
     assert metrics["losses/actor_loss"].item() == pytest.approx(expected, rel=1e-4)
@@ -447,23 +450,21 @@ GAUSSIAN = MixtureFlow([[0.4, -0.3]], 0.3, [1.0])
 TWO_MODES = MixtureFlow([[0.6, 0.6], [-0.4, -0.4]], 0.1, [0.3, 0.7])
 
 
-def own_chain(policy, features, sigma, noise, without):
-    """The stochastic sampler, without one of its two parts. Returns: (2, B, D), first and last."""
-    x, dt = noise, 1 / policy.flow_steps
+def own_chain(policy, features, sigma, without):
+    """The stochastic sampler, without one of its two parts. Returns: (1, B, D), the last."""
+    x, dt = torch.randn(len(features), policy.chunk_dim).double(), 1 / policy.flow_steps
     for k in range(policy.flow_steps):
         t = torch.full_like(x[:, :1], k * dt)
         v = policy.velocity(features, x, t)
         drift = v if without == "score" else v + sigma**2 / 2 * (t * v - x)
         scale = 1.0 if without == "sqrt dt" else dt**0.5
         x = x + drift * dt + sigma * torch.sqrt(1 - t) * scale * torch.randn_like(x)
-    return torch.stack([noise, x])
+    return x[None]
 
 
 def assert_marginals(sampler, flow, sigma, n=4000):
     """Mean, covariance and mode shares lie within 4.5 standard errors of the ODE's: those with sigma 0."""
-    features, noise = torch.zeros(n, 1), torch.randn(2, n, flow.chunk_dim).double()
-    pairs = zip((sigma, 0.0), noise, strict=True)
-    x = torch.stack([sampler(flow, features, s, start)[-1] for s, start in pairs])
+    x = torch.stack([sampler(flow, torch.zeros(n, 1), s)[-1] for s in (sigma, 0.0)])
     moments = torch.cat([x, x**2, x.prod(2, keepdim=True), (x[..., :1] > 0.1).double()], dim=2)  # (2, n, 6)
     difference, variance = moments.mean(1).diff(dim=0).abs(), moments.var(1).sum(0)
     assert (difference < 4.5 * torch.sqrt(variance / n)).all()
@@ -616,9 +617,8 @@ def test_ogpo_s_update_as_a_whole(settings):
     advantage = (advantage / q.mean(0).std(1).mean()).flatten()
     ratio = np.exp(new - old)
     clipped = np.clip(ratio, 1 - args.clip_epsilon, 1 + args.clip_epsilon)
-    own = [tensor.double().numpy() for tensor in (successes.obs, successes.chunk, successes.valid)]
-    drawn = [tensor.double().numpy() for tensor in (torch.randn(5, 4), torch.rand(5, 1))]
-    bc_loss = numpy_bc_losses(before[0], *own, *drawn).mean()
+    own = successes.obs, successes.chunk, successes.valid, torch.randn(5, 4), torch.rand(5, 1)
+    bc_loss = numpy_bc_losses(before[0], *doubles(*own)).mean()
     expected = -np.minimum(ratio * advantage, clipped * advantage).mean() + args.success_coef * bc_loss
     assert metrics["losses/actor_loss"].item() == pytest.approx(expected, rel=1e-3, abs=1e-5)
     assert metrics["losses/bc_loss"].item() == pytest.approx(bc_loss, rel=1e-4)
@@ -909,7 +909,7 @@ def test_actions_cover_the_environment_s_box(action, reward):
 
 def test_rounding_does_not_leave_the_box():
     low, high = (episodes_of("Rounding-v0", action, 1)[0] for action in (-1.0, 1.0))  # contains() would raise
-    assert low.rewards[0] == pytest.approx(0.1) and high.rewards[0] == pytest.approx(123.4)
+    assert low.rewards[0] == pytest.approx(0.1, abs=1e-4) and high.rewards[0] == pytest.approx(123.4)
 
 
 @pytest.mark.parametrize(("success_at", "expected"), [("end", 0.0), ("any", 1.0)])
@@ -991,13 +991,13 @@ def states_of(folder):
     return state | {"policy.pt": content["policy"], "critic.pt": content["critic"]}
 
 
-def write_demos(path, n=24, seed=0, gain=5.0, noise=0.3):
+def write_demos(path, n=24, seed=0, gains=(5.0,), noise=0.3):
     """Demonstrations of Point-v0, a row a step. Returns: the file's name, as --dataset takes it."""
     rng, rows = np.random.default_rng(seed), []
-    for _ in range(n):
+    for i in range(n):
         x, goal = 0.0, rng.uniform(-1, 1)
         for t in range(20):
-            action = np.clip(gain * (goal - x) + noise * rng.normal(), -1, 1)
+            action = np.clip(gains[i % len(gains)] * (goal - x) + noise * rng.normal(), -1, 1)
             after = x + 0.2 * action
             solved = abs(after - goal) < 0.1
             rows.append(([x, goal], [action], solved - 1.0, 0, t == 19, [after, goal], solved))
@@ -1086,7 +1086,7 @@ def test_a_run_killed_in_any_write_and_resumed_ends_as_undisturbed(script, every
     monkeypatch.setattr(script.Run, "write_row", half_row)
     settings = {"env_id": "Point-v0", "dataset": write_demos(tmp_path / "demos.npz", 5), "bc_steps": 5}
     settings |= {"hidden_dim": 8, "batch_size": 16, "total_timesteps": 120, "eval_interval": 60}
-    settings |= {"critic_warmup": 10, "eval_episodes": 2, "policy_start": 60} if script is ogpo else {"eval_episodes": 2}
+    settings |= {"critic_warmup": 10, "eval_episodes": 2}
     _, whole = small_run(script, tmp_path / "whole", monkeypatch, **settings)
     assert len(writes) > 10
     for kill in range(1, len(writes), every):
@@ -1182,15 +1182,14 @@ def test_a_nan_loss_stops_the_run_and_never_reaches_a_weight(script, where, tmp_
 
 @both_scripts
 def test_a_poor_clone_improves(script, tmp_path, monkeypatch):
-    """Of timid demonstrations that come half of the way."""
-    settings = {"dataset": write_demos(tmp_path / "demos.npz", gain=1.0), "bc_steps": 300, "hidden_dim": 64}
-    settings |= {"env_id": "Point-v0", "batch_size": 64, "num_envs": 4, "critic_warmup": 200, "eval_episodes": 100}
-    settings |= {"total_timesteps": 2000, "eval_interval": 2000, "policy_tau": 0.2} if script is ogpo else {}
-    settings |= {"total_timesteps": 2000, "eval_interval": 2000, "utd_ratio": 0.25}
+    """Of demonstrations half of which stay where they are."""
+    dataset = write_demos(tmp_path / "demos.npz", gains=(5.0, 0.0))
+    settings = {"dataset": dataset, "bc_steps": 300, "hidden_dim": 32}
+    settings |= {"env_id": "Point-v0", "batch_size": 64, "num_envs": 4, "critic_warmup": 150}
+    settings |= {"total_timesteps": 1600, "eval_interval": 1600, "utd_ratio": 0.25, "eval_episodes": 50}
     _, folder = small_run(script, tmp_path / "run", monkeypatch, **settings)
-    clone, tuned = (float(row["eval/success"]) for row in rows_of(folder) if row["eval/success"])
-    print(clone, tuned)
-    assert clone < 0.6 and tuned > clone + 0.2
+    clone, tuned = (float(row["eval/return"]) for row in rows_of(folder) if row["eval/return"])
+    assert clone < -16 and tuned > clone + 0.8  # of steps away from the goal
 
 
 def test_the_progress_bar_shows_success(tmp_path, monkeypatch, capsys):
@@ -1278,12 +1277,12 @@ def test_updates_take_several_groups_of_parameters():
 FAULTY = {
     "Nan-v0": "an observation, action or reward is NaN", "NanAtReset-v0": "is NaN",
     "Raises-v0": "Raises-v0 failed in step: the robot does not answer",
-    "RaisesInReset-v0": "failed in reset: the robot", "OneValue-v0": "an action has one value alone",
+    "RaisesInReset-v0": "failed in reset: the robot", "OneValue-v0": "an action has low == high",
     "NoBounds-v0": "cannot be used: ", "Sequence-v0": "cannot be used: ", "CartPole-v1": "Discrete",
     "Countin-v0": "Did you mean", "no_such:Own-v0": "no_such",
 }  # fmt: skip
 BAD_INPUT = {
-    "--env-id FetchReach-v4 --chunk-size 51": "0 of 200 episodes", "--num-demos 201": "needed are 201",
+    "--env-id FetchReach-v4 --chunk-size 51": "0 of 200 episodes", "--num-demos 201": "201 are needed",
     "--env-id FetchPickAndPlac-v4": "Did you mean", "--effective-samples 1": "--effective-samples",
     "--env-id Pendulum-v1": "a Minari id or none", "ogpo --posterior-coef 1": "posterior-coef",
     f"--buffer-size {10**22}": "--buffer-size", "ogpo --policy-tau 2": "--policy-tau",
@@ -1315,15 +1314,12 @@ def test_bad_input_gets_a_sentence_and_status_2_and_leaves_nothing(case, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("option", ["--tensorboard", "--track", "--dataset some/data-v0"])
-def test_a_missing_optional_package_is_named(option, tmp_path, monkeypatch, capsys):
-    package = {"--tensorboard": "tensorboard", "--track": "wandb"}.get(option, "minari")
-    for module in [name for name in sys.modules if name.split(".")[0] == package or "utils.tensorboard" in name]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, package, None)
+@pytest.mark.parametrize("typed", ["--tensorboard", "--track", "--dataset some/data-v0"])
+def test_a_missing_optional_package_is_named(typed, tmp_path, monkeypatch, capsys):
+    package = {"--tensorboard": "tensorboard", "--track": "wandb"}.get(typed, '"minari[hdf5]"')
+    monkeypatch.setattr(poco.importlib.util, "find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
-    settings = RUN | ({"dataset": "some/data-v0"} if package == "minari" else {})
-    assert main(poco, monkeypatch, *([option] if package != "minari" else []), **settings) == 2
+    assert main(poco, monkeypatch, *as_typed(**RUN), *typed.split()) == 2
     assert f"pip install {package}" in capsys.readouterr().err
 
 
@@ -1419,16 +1415,16 @@ def test_a_damaged_policy_file_gets_a_sentence(damage, tmp_path, monkeypatch):
 def gradients_of(script, rows):
     """Statistics, scale, gradient norm and gradients of one step on these rows of a batch of 64."""
     torch.manual_seed(0)
-    obs, chunk, noise = (torch.randn(64, d)[rows] for d in (3, 4, 4))
-    time_, rewards = torch.rand(64, 1)[rows], torch.linspace(0.0, 4.0, 64)[rows]
+    obs, x = (torch.randn(64, d)[rows] for d in (3, 4))
+    rewards = torch.linspace(0.0, 4.0, 64)[rows]
     policy, critic = script.FlowPolicy(3, 4), CriticEnsemble(3, 4, 2)
     buffer = make_buffer(200, 3, 4, 1)
     for o, reward in zip(obs, rewards, strict=True):  # both observations of a step are the same
         buffer.add(Trajectory(o.repeat(2, 1).numpy(), np.zeros((1, 4)), np.array([reward]), False, 0.0))
     script.fit_statistics({"policy": policy, "critic": critic, "target_critic": critic}, buffer)
     optimizer = torch.optim.Adam(policy.parameters(), fused=True)
-    loss = policy.bc_loss(policy.encode(obs), chunk, None, noise, time_).mean()
-    norm = script.gradient_step(optimizer, loss)
+    velocity = policy.velocity(policy.encode(obs), x, torch.zeros(len(obs), 1))
+    norm = script.gradient_step(optimizer, velocity.square().mean())
     gradients = [parameter.grad for parameter in policy.parameters()]
     return [policy.encode.mean, policy.encode.std, critic.reward_scale, norm, *gradients]
 
@@ -1569,7 +1565,7 @@ def test_processes_share_the_demonstrations(recorded, monkeypatch):
     monkeypatch.setattr(poco, "RANK", 1)
     assert_same_episodes(load_demos(args), episodes[1::2])
     monkeypatch.setattr(poco, "NUM_RANKS", 7)
-    with pytest.raises(poco.UserError, match="6 of 6 episodes last a chunk, needed are"):
+    with pytest.raises(poco.UserError, match="6 of 6 episodes last a chunk, "):
         load_demos(args)
 
 
@@ -1610,7 +1606,7 @@ def test_nan_in_a_file_is_refused(recorded, monkeypatch, tmp_path, capsys):
 def test_demos_are_in_the_repository(env_id, success):
     demos = load_demos(Args(env_id=f"Fetch{env_id}-v4"))
     assert len(demos) == 200 and all(len(demo.actions) == 50 for demo in demos)
-    assert poco.mean_success(demos) == pytest.approx(success, abs=0.005)
+    assert poco.mean_success(demos) == pytest.approx(success, abs=0.006)
 
 
 def test_demos_replay_in_their_environment():
@@ -1618,7 +1614,7 @@ def test_demos_replay_in_their_environment():
     (demo,) = load_demos(args)
     whole = np.load(ROOT / "demos/FetchPush-v4.npz")["observations"]
     (start_row,) = np.flatnonzero((whole == demo.obs[0]).all(1))
-    envs = poco.Environments(args, first_seed=3 * 10**6 + start_row // 51, num_envs=1)
+    envs = poco.Environments(args, first_seed=3 * 10**6 + int(start_row) // 51, num_envs=1)
     np.testing.assert_allclose(envs.observations()[0], demo.obs[0], atol=1e-6)
     envs.set_chunks(torch.tensor(demo.actions.reshape(1, -1)))
     (episode,) = (ended for _ in range(50) for ended in envs.step())

@@ -60,7 +60,7 @@ def flow_error(policy, features, chunk, x_0, t):
 
 
 def random_draws(args, chunk_dim, normal, uniform):
-    """What an update of poco.py draws, in its order. Args: normal, uniform, functions of a shape."""
+    """What an update of poco.py draws, in its order. Args: normal, uniform: functions of shapes."""
     batch_size = args.batch_size
     rows = args.posterior_batch_size * args.num_candidates
     return {
@@ -174,19 +174,20 @@ class Twin:
 def largest_difference(learner):
     """Of losses and weights, after three updates of a learner and its twin with the same draws."""
     twin = Twin(learner)
-    chunk_dim = learner.policy.chunk_dim
+    update = jax.jit(twin.update)
+    state = twin.state
     differences = []
     for seed in range(3):
         torch.manual_seed(seed)
-        draws = random_draws(learner.args, chunk_dim, torch.randn, torch.rand)
+        draws = random_draws(learner.args, learner.policy.chunk_dim, torch.randn, torch.rand)
         torch.manual_seed(seed)
         metrics = learner.update()
-        twin.state, losses = twin.update(twin.state, twin.batch, jax.tree.map(to_jax, draws))
+        state, losses = update(state, twin.batch, jax.tree.map(to_jax, draws))
         for name, loss in losses.items():
             differences.append(abs(float(loss) - float(metrics[name])))
     for name in ("policy", "critic", "target_critic"):
         ours = jax.tree.leaves(layers_of(getattr(learner, name)))
-        theirs = jax.tree.leaves(twin.state[name])
+        theirs = jax.tree.leaves(state[name])
         for our, their in zip(ours, theirs, strict=True):
             differences.append(float(jnp.abs(our - their).max()))
     return max(differences)

@@ -36,7 +36,9 @@ SIZES = {
     "OGPO, the defaults": ogpo.Args(),
     "OGPO, the paper's size": ogpo.Args(group_size=32, ppo_batch_size=256, num_critics=10, **PAPER),
 }
-SMALL = poco.Args(bf16=False, hidden_dim=32, batch_size=16, posterior_batch_size=8)
+CHECKED = poco.Args(  # a rate at which a wrong update shows at once
+    bf16=False, hidden_dim=32, batch_size=16, posterior_batch_size=8, learning_rate=0.01
+)
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Learner:
 def random_batch(args, device):
     """Windows as of a replay buffer, some of them cut short by their episode's end."""
     batch_size = args.batch_size
-    left = torch.randint(1, 10, (batch_size, 1))
+    left = torch.randint(1, 6, (batch_size, 1))
     batch = poco.Batch(
         obs=torch.randn(batch_size, *OBS_SPACE.shape, dtype=torch.float64),
         chunk=torch.empty(batch_size, args.chunk_size * ACTION_DIM).uniform_(-1, 1),
@@ -107,8 +109,8 @@ def find_twin(device):
     except ModuleNotFoundError as error:
         print(f"{error}; to time JAX too: pip install -r benchmark/requirements.txt")
         return None
-    difference = poco_jax.largest_difference(Learner(SMALL))
-    poco.require(difference < 1e-4, f"torch and JAX differ by {difference:.0e}.")
+    difference = poco_jax.largest_difference(Learner(CHECKED))
+    poco.require(difference < 1e-3, f"torch and JAX differ by {difference:.0e}.")
     print(f"JAX {jax.__version__}: the same updates as torch up to {difference:.0e}")
     return poco_jax
 
@@ -184,7 +186,7 @@ def main(args):
     float32 = matmul_rate(device, torch.float32)
     bfloat16 = matmul_rate(device, torch.bfloat16)
     print("a large product, GFLOP/s: ", end="")
-    print(f"float32 {float32 / 1e9:,.0f}, bfloat16 {bfloat16 / 1e9:,.0f}; the better is the limit's")
+    print(f"float32 {float32 / 1e9:,.0f}, bfloat16 {bfloat16 / 1e9:,.0f}; limits are at the better")
     for name in names:
         time_size(name, device, max(float32, bfloat16), args.rounds, twin)
 
