@@ -16,6 +16,7 @@ import contextlib
 import copy
 import csv
 import importlib.util
+import io
 import itertools
 import math
 import os
@@ -204,8 +205,8 @@ class CriticEnsemble(nn.Module):
 
 
 def make_networks(args: Args, obs_space: gym.spaces.Box, action_dim: int):
-    """Returns: policy and critics. The updates use policy.encode, bc_loss, sample, velocity,
-    flow_steps and chunk_dim, and critic.encode, forward and reward_scale, nothing else."""
+    """Returns: policy and critics. The updates use a policy's encode, bc_loss and sample (OGPO also
+    velocity, flow_steps and chunk_dim) and critics' encode, forward and reward_scale."""
     obs_dim = math.prod(obs_space.shape)
     chunk_dim = args.chunk_size * action_dim
     policy = FlowPolicy(obs_dim, chunk_dim, args.hidden_dim, args.flow_steps)
@@ -811,6 +812,8 @@ def load_demonstrations(args, envs):
             actions = rescale(actions.reshape(n, *envs.box.shape))
             outside = np.abs(actions).max() - 1
             require(outside < 1e-4, f"actions leave their box by {outside / 2:.1%} of its width")
+            finite = np.isfinite(obs).all() and np.isfinite(rewards).all()
+            require(finite, "an observation or reward is NaN or infinite")
             actions = actions.reshape(n, -1).clip(-1, 1)
             episodes.append(Trajectory(obs, actions, rewards.reshape(n), *end))
         demos = [episode for episode in episodes if len(episode.rewards) >= args.chunk_size]
@@ -1001,8 +1004,10 @@ def save_file(path, args, content):
     """On rank 0, writes content and arguments; an older file stays until the new one is whole."""
     if RANK == 0:
         saved = asdict(replace(args, resume=None, evaluate=None))
+        data = io.BytesIO()
+        torch.save({"args": saved} | content, data)
         with open(path.with_suffix(".tmp"), "wb") as file:
-            torch.save({"args": saved} | content, file)
+            file.write(data.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(path.with_suffix(".tmp"), path)

@@ -1,4 +1,4 @@
-"""Writes demos/: demonstrations of FetchReach, FetchPush and FetchPickAndPlace by scripted controllers.
+"""Writes demos/: FetchReach, FetchPush and FetchPickAndPlace by scripted controllers, with noise.
 
     python benchmark/fetch_demos.py                           the files of demos/, to the letter
     python benchmark/fetch_demos.py --demo-noise 0.2 --out .  other ones

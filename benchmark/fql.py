@@ -41,18 +41,25 @@ class OneStepPolicy(poco.FlowPolicy):
         """Args: noise (B, D). Returns: chunks (B, D), not clipped."""
         return self.one_step(torch.cat([features, noise], dim=1))
 
-    def sample(self, features: Tensor, noise=None) -> Tensor:
+    def sample(self, features: Tensor) -> Tensor:
         """Returns: chunks (B, D) of the one-step policy in [-1, 1]."""
-        if noise is None:
-            noise = torch.randn(len(features), self.chunk_dim, device=features.device)
+        noise = torch.randn(len(features), self.chunk_dim, device=features.device)
         return self.mu(features, noise).clamp(-1, 1)
+
+    @torch.no_grad()
+    def flow_end(self, features: Tensor, noise: Tensor) -> Tensor:
+        """poco.FlowPolicy's sample, from a given noise (B, D)."""
+        x = noise
+        for k in range(self.flow_steps):
+            t = torch.full_like(x[:, :1], k / self.flow_steps)
+            x = x + self.velocity(features, x, t) / self.flow_steps
+        return x.clamp(-1, 1)
 
     def distance(self, features: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """L_distill: squared distance of mu to the flow's end, which gets no gradient.
         Returns: (B,), mu's chunks (B, D)."""
         chunk = self.mu(features, noise)
-        with torch.no_grad():
-            end = super().sample(features, noise)
+        end = self.flow_end(features, noise)
         return ((chunk - end) ** 2).mean(1), chunk
 
     def load_state_dict(self, state):

@@ -128,9 +128,9 @@ class Twin:
 
         def critic_loss(critic):
             q = q_of(critic, features, batch.chunk)  # (M, B)
-            known = jnp.maximum(batch.valid[:, -1], batch.terminated)
-            error = (q - target) ** 2 * known
-            return error.sum() / (len(q) * jnp.maximum(known.sum(), 1))
+            has_target = jnp.maximum(batch.valid[:, -1], batch.terminated)
+            error = (q - target) ** 2 * has_target
+            return error.sum() / (len(q) * jnp.maximum(has_target.sum(), 1))
 
         state, qf_loss = self.gradient_step(state, "critic", critic_loss)
         target_critic = state["target_critic"]
@@ -138,9 +138,10 @@ class Twin:
 
         # the policy: E-step, M-step
         states = jnp.argsort(draws["order"])[: args.posterior_batch_size]
-        repeated = jnp.repeat(features[states], args.num_candidates, axis=0)
-        candidates = sample(state["policy"], repeated, draws["noise"], 2 * args.flow_steps)
-        q = q_of(target_critic, repeated, candidates).mean(0)
+        candidate_features = jnp.repeat(features[states], args.num_candidates, axis=0)
+        num_steps = 2 * args.flow_steps
+        candidates = sample(state["policy"], candidate_features, draws["noise"], num_steps)
+        q = q_of(target_critic, candidate_features, candidates).mean(0)
         q = q.reshape(-1, args.num_candidates)
         spread = jnp.maximum(q.std(1, ddof=1, keepdims=True), 1e-12)
         temperature = spread / math.sqrt(-math.log(args.effective_samples))
@@ -148,7 +149,7 @@ class Twin:
 
         def policy_loss(policy):
             noise = (draws["candidate_noise"], draws["candidate_time"])
-            error = flow_error(policy, repeated, candidates, *noise)
+            error = flow_error(policy, candidate_features, candidates, *noise)
             candidate_losses = error.mean(1).reshape(weights.shape)
             noise = (draws["bc_noise"], draws["bc_time"])
             error = flow_error(policy, features, batch.chunk, *noise)

@@ -69,8 +69,7 @@ class Evaluate(BaseCallback):
         step = self.num_timesteps
         policy = Actor(self.model)
         with torch.random.fork_rng():  # poco.evaluate seeds
-            videos = Path(f"step {step}")
-            values = poco.evaluate(policy, None, self.args, 1, videos)
+            values = poco.evaluate(policy, None, self.args, 1, self.folder, f"step {step}")
         row = {"global_step": step, "seconds": time.time() - self.start_time}
         row["eval/ode_success"] = values["eval/success"]
         self.rows.append(row | values)

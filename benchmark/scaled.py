@@ -1,7 +1,8 @@
-"""FetchPickAndPlace-v4 with its rewards times 0.01 or 100, and its demonstrations with such rewards.
+"""FetchPickAndPlace-v4 with rewards times 0.01 or 100, and demonstrations with such rewards.
 
-    python benchmark/scaled.py                        writes runs/scaled-x0.01.npz, runs/scaled-x100.npz
-    python poco.py --dataset runs/scaled-x100.npz --env-id benchmark.scaled:FetchPickAndPlace-x100-v4
+    python benchmark/scaled.py    writes the demonstrations, runs/scaled-x0.01.npz and -x100.npz
+    python poco.py --env-id benchmark.scaled:FetchPickAndPlace-x100-v4 \\
+                   --dataset runs/scaled-x100.npz
 """
 
 from functools import partial
@@ -19,13 +20,18 @@ def make(factor, **options):
     return gym.wrappers.TransformReward(env, lambda reward: factor * reward)
 
 
+def write_demonstrations(factor):
+    with np.load(ROOT / "demos/FetchPickAndPlace-v4.npz") as demos:
+        columns = dict(demos)
+    columns["rewards"] = factor * columns["rewards"]
+    (ROOT / "runs").mkdir(exist_ok=True)
+    np.savez_compressed(ROOT / f"runs/scaled-x{factor}.npz", **columns)
+
+
 for factor in FACTORS:
     make_scaled = partial(make, factor)
     gym.register(f"FetchPickAndPlace-x{factor}-v4", make_scaled, max_episode_steps=50)
 
 if __name__ == "__main__":
-    (ROOT / "runs").mkdir(exist_ok=True)
-    with np.load(ROOT / "demos/FetchPickAndPlace-v4.npz") as demos:
-        for factor in FACTORS:
-            columns = dict(demos) | {"rewards": factor * demos["rewards"]}
-            np.savez_compressed(ROOT / f"runs/scaled-x{factor}.npz", **columns)
+    for factor in FACTORS:
+        write_demonstrations(factor)
