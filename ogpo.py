@@ -4,9 +4,9 @@
     python ogpo.py --resume runs/...                go on after Ctrl-C or a crash
     python ogpo.py --evaluate runs/.../policy.pt    see what came out
 
-The method ends with `train`; the machinery follows in the order in which `train` uses it.
-Shapes: B batch, F features, A action, T chunk_size, D = T * A, K flow_steps, G chains of a group,
-M critics, E environments, S states with a group.
+The method ends with `train`; the machinery follows.
+Shapes: B batch, O observation, F features, A action, T chunk_size, D = T * A, K flow_steps,
+G chains of a group, M critics, E environments, S states with a group.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Args:
     # run
     seed: int = 1  # seed of everything random
     torch_threads: int | None = None  # CPU threads (default: torch's choice)
-    bf16: bool = True  # bfloat16, where the hardware has it
-    compile: bool = False  # torch.compile the updates
+    bf16: bool = True  # bfloat16 in the updates, but not in cloning, where the hardware has it
+    compile: bool = False  # torch.compile the updates, but not cloning
     tensorboard: bool = False  # log to TensorBoard too
     track: bool = False  # log to Weights & Biases too
     log_interval: int = 500  # steps between rows of metrics.csv
@@ -73,8 +73,8 @@ class Args:
     # offline phase
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
-    learning_rate: float = 1e-3  # step size of Adam, for policy and critics
-    critic_warmup: int = 3_000  # updates of the critics alone, before the policy's first
+    learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
+    critic_warmup: int = 3_000  # updates of the critics alone, on demonstrations if there are any
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     num_envs: int = 4  # environments stepped side by side
@@ -88,13 +88,13 @@ class Args:
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # S, states of a batch that get a group of chains
     sigma: float = 1.0  # noise of the stochastic sampler
-    clip_epsilon: float = 0.005  # clip of the chains' probability ratio, 1 +- epsilon
+    clip_epsilon: float = 0.005  # clip of the chains' ratio, of which chain_log_prob takes a root
     ppo_learning_rate: float = 2e-4  # step size of Adam for the policy online
     policy_tau: float = 0.1  # Polyak rate of the old policy, from which the chains come
     conservative: bool = True  # OGPO+CA: an advantage counts where all critics agree on its sign
     success_coef: float = 1.0  # OGPO+: weight of L_BC on the successes online; 0: off
-    chi2_coef: float = 0.0  # weight of the penalty for leaving the slow policy; 0: off
-    chi2_sharpness: float = 5.0  # how fast pessimism sets in as the ratio passes 1
+    chi2_coef: float = 0.0  # weight of the ratio to the slow policy; 0: no penalty, no pessimism
+    chi2_sharpness: float = 5.0  # how fast the minimum of Q takes over as that ratio passes 1
     chi2_tau: float = 5e-4  # Polyak rate of the slow policy
     next_samples: int = 1  # chunks per next state in the TD target
     next_reduction: Literal["mean", "median"] = "mean"  # how their values become one
@@ -205,8 +205,8 @@ class CriticEnsemble(nn.Module):
 
 
 def make_networks(args: Args, obs_space: gym.spaces.Box, action_dim: int):
-    """Returns: policy and critics. The updates use a policy's encode, bc_loss and sample (OGPO also
-    velocity, flow_steps and chunk_dim) and critics' encode, forward and reward_scale."""
+    """Returns: policy and critics. The updates use encode, bc_loss and sample of a policy (OGPO also
+    velocity, flow_steps and chunk_dim), and encode, forward and reward_scale of critics."""
     obs_dim = math.prod(obs_space.shape)
     chunk_dim = args.chunk_size * action_dim
     policy = FlowPolicy(obs_dim, chunk_dim, args.hidden_dim, args.flow_steps)
@@ -223,14 +223,14 @@ def td_target(reward: Tensor, next_q: Tensor, terminated: Tensor, gamma, chunk_s
 
 
 def critic_loss(q: Tensor, target: Tensor, has_target: Tensor) -> Tensor:
-    """Squared TD error, but for windows that a time limit or an evaluation cut short.
+    """Squared TD error, 0 for windows that a time limit or an evaluation cut short.
     Args: q (M, B), target (B,), has_target (B,), 1 or 0. Returns: a scalar."""
     error = (q - target) ** 2 * has_target
     return error.sum() / (len(q) * has_target.sum().clamp(min=1))
 
 
 def reduce_next_q(next_q: Tensor, how: str) -> Tensor:
-    """Q-variance reduction: one value of those of n next chunks. Args: next_q (B, n); how, mean
+    """Q-variance reduction: one value from those of n next chunks. Args: next_q (B, n); how, mean
     or median. Returns: (B,)."""
     if how == "mean":
         return next_q.mean(1)
@@ -239,7 +239,7 @@ def reduce_next_q(next_q: Tensor, how: str) -> Tensor:
 
 def chain_step(policy, features: Tensor, x: Tensor, t: Tensor, sigma: float):
     """One stochastic Euler step of the flow. The drift's term (sigma_t^2 / 2) score, with sigma_t =
-    sigma sqrt(1 - t) and score = (t v - x) / (1 - t), keeps the ODE's marginals for every sigma.
+    sigma sqrt(1 - t) and score = (t v - x) / (1 - t), keeps the ODE's marginals as K grows.
     Args: x (B, D); t (B, 1) in [0, 1). Returns: the Normal of x_{k+1}, (B, D)."""
     dt = 1 / policy.flow_steps
     v = policy.velocity(features, x, t)
@@ -250,7 +250,7 @@ def chain_step(policy, features: Tensor, x: Tensor, t: Tensor, sigma: float):
 
 @torch.no_grad()
 def sample_chain(policy, features: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """The denoising chain x_0, ..., x_K of the stochastic sampler; sigma 0 gives the ODE's.
+    """The denoising chain x_0, ..., x_K of the stochastic sampler (sigma 0: the ODE's, no density).
     Returns: chain (K + 1, B, D), its chain_log_prob (B,)."""
     x = torch.randn(len(features), policy.chunk_dim, device=features.device)
     chain = [x]
@@ -266,7 +266,7 @@ def sample_chain(policy, features: Tensor, sigma: float) -> tuple[Tensor, Tensor
 
 
 def chain_log_prob(policy, features: Tensor, chain: Tensor, sigma: float) -> Tensor:
-    """Log density of the chain's steps given x_0, averaged over the K steps and D numbers, all in
+    """Log density of the chain's steps given x_0, a mean over K and D: ratios are K D-th roots. In
     one pass of the network. Args: chain (K + 1, B, D); sigma > 0. Returns: (B,)."""
     num_steps = len(chain) - 1
     before = chain[:-1].flatten(0, 1)  # (K * B, D)
@@ -319,18 +319,18 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
     device = batch.obs.device
     n = args.next_samples
     with torch.no_grad(), mixed_precision(args, device):
-        features = policy.encode(batch.next_obs)
-        next_chunk = policy.sample(features.repeat_interleave(n, dim=0))  # (B * n, D)
-        next_features = target_critic.encode(batch.next_obs)
-        next_features = next_features.repeat_interleave(n, dim=0)
-        next_q = target_critic(next_features, next_chunk).mean(0)  # (B * n,), not the minimum
+        features = policy.encode(batch.next_obs).repeat_interleave(n, dim=0)
+        next_chunk = policy.sample(features)  # (B * n, D)
+        critic_features = target_critic.encode(batch.next_obs)
+        critic_features = critic_features.repeat_interleave(n, dim=0)
+        next_q = target_critic(critic_features, next_chunk).mean(0)  # (B * n,), not the minimum
         next_q = reduce_next_q(next_q.view(-1, n), args.next_reduction)  # (B,)
         reward = critic.reward_scale * batch.reward
         target = td_target(reward, next_q, batch.terminated, args.gamma, args.chunk_size)
 
     with mixed_precision(args, device):
         q = critic(critic.encode(batch.obs), batch.chunk)  # (M, B)
-    has_target = torch.maximum(batch.valid[:, -1], batch.terminated)
+    has_target = torch.maximum(batch.valid[:, -1], batch.terminated)  # T steps long, or terminated
     loss = critic_loss(q, target, has_target)
     grad_norm = gradient_step(optimizer, loss)
     move_towards(target_critic, critic, args.tau)
@@ -451,7 +451,7 @@ def train(args: Args, make_networks=make_networks):
     networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
     networks |= {"old_policy": old_policy, "slow_policy": slow_policy}
     optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
-    buffers = {"buffer": buffer, "success_buffer": success_buffer}
+    buffers = {"buffer": buffer, "success_buffer": success_buffer}  # without demonstrations
     run = Run(args, networks | optimizers | buffers)
     step = 0
     critic_updates = 0
@@ -459,7 +459,7 @@ def train(args: Args, make_networks=make_networks):
         step, critic_updates = run.load_checkpoint()
     fresh = not run.rows  # new, or stopped before the clone's evaluation
     demos = load_demonstrations(args, envs) if fresh else []
-    from_nothing = args.dataset == "none" and not args.policy
+    no_statistics = args.dataset == "none" and not args.policy  # for the Normalizers, yet
     run.open(step, critic_updates)
 
     # offline: clone the demonstrations; then the critics learn the clone's values
@@ -501,7 +501,7 @@ def train(args: Args, make_networks=make_networks):
         # all ranks begin to learn in the same step: their gradients are averaged
         enough = float(len(buffer) >= args.batch_size)
         if over_ranks(torch.tensor(enough, device=device), dist.ReduceOp.MIN) == 1:
-            if from_nothing and critic_updates == 0:
+            if no_statistics and critic_updates == 0:
                 fit_statistics(networks, buffer)
             updates = int(step * args.utd_ratio) - int((step - steps_at_once) * args.utd_ratio)
             for _ in range(updates):
@@ -519,7 +519,7 @@ def train(args: Args, make_networks=make_networks):
                     run.record(metrics)
 
         if step % args.eval_interval < steps_at_once or step >= args.total_timesteps:
-            # a resumed run begins its environments anew here, so every run does; no step is lost
+            # episodes end here, kept as far as they got, so that a resumed run repeats this one
             for episode in envs.close():
                 buffer.add(episode)
             run.evaluate_and_save(step, critic_updates)

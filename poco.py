@@ -4,9 +4,9 @@
     python poco.py --resume runs/...                go on after Ctrl-C or a crash
     python poco.py --evaluate runs/.../policy.pt    see what came out
 
-The method ends with `train`; the machinery follows in the order in which `train` uses it.
-Shapes: B batch, F features, A action, T chunk_size, D = T * A, K flow_steps, N candidates,
-M critics, E environments, S states with candidates.
+The method ends with `train`; the machinery follows.
+Shapes: B batch, O observation, F features, A action, T chunk_size, D = T * A, K flow_steps,
+N candidates, M critics, E environments, S states with candidates.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Args:
     # run
     seed: int = 1  # seed of everything random
     torch_threads: int | None = None  # CPU threads (default: torch's choice)
-    bf16: bool = True  # bfloat16, where the hardware has it
-    compile: bool = False  # torch.compile the updates
+    bf16: bool = True  # bfloat16 in the updates, but not in cloning, where the hardware has it
+    compile: bool = False  # torch.compile the updates, but not cloning
     tensorboard: bool = False  # log to TensorBoard too
     track: bool = False  # log to Weights & Biases too
     log_interval: int = 500  # steps between rows of metrics.csv
@@ -73,8 +73,8 @@ class Args:
     # offline phase
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
-    learning_rate: float = 1e-3  # step size of Adam, for policy and critics
-    critic_warmup: int = 3_000  # updates of the critics alone, before the policy's first
+    learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
+    critic_warmup: int = 3_000  # updates of the critics alone, on demonstrations if there are any
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     num_envs: int = 4  # environments stepped side by side
@@ -86,10 +86,10 @@ class Args:
     # POCO
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # S, states of a batch that get an E-step, drawn at random
-    effective_samples: float = 0.3  # sharpness of the weights: share of N that counts
+    effective_samples: float = 0.3  # share of N that the weights keep; smaller is sharper
     temperature: float | None = None  # eta, in units of Q (default: from --effective-samples)
     posterior_coef: float = 1.0  # beta, weight of the posterior term
-    clip_threshold: float | None = None  # zeta, clip of a loss (default: the batch's 0.9 quantile)
+    clip_threshold: float | None = None  # zeta, of candidates' L_BC (default: batch's 0.9 quantile)
     # evaluation
     eval_interval: int = 2_500  # steps between evaluations; all episodes begin anew there
     eval_episodes: int = 100  # episodes of an evaluation
@@ -98,7 +98,7 @@ class Args:
     capture_video: bool = False  # record evaluations as MP4
 
 
-MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "posterior_coef"]
+MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "posterior_coef"]  # other numbers may not
 
 
 def check_method(args: Args):
@@ -197,8 +197,8 @@ class CriticEnsemble(nn.Module):
 
 
 def make_networks(args: Args, obs_space: gym.spaces.Box, action_dim: int):
-    """Returns: policy and critics. The updates use a policy's encode, bc_loss and sample (OGPO also
-    velocity, flow_steps and chunk_dim) and critics' encode, forward and reward_scale."""
+    """Returns: policy and critics. The updates use encode, bc_loss and sample of a policy (OGPO also
+    velocity, flow_steps and chunk_dim), and encode, forward and reward_scale of critics."""
     obs_dim = math.prod(obs_space.shape)
     chunk_dim = args.chunk_size * action_dim
     policy = FlowPolicy(obs_dim, chunk_dim, args.hidden_dim, args.flow_steps)
@@ -215,7 +215,7 @@ def td_target(reward: Tensor, next_q: Tensor, terminated: Tensor, gamma, chunk_s
 
 
 def critic_loss(q: Tensor, target: Tensor, has_target: Tensor) -> Tensor:
-    """Squared TD error, but for windows that a time limit or an evaluation cut short.
+    """Squared TD error, 0 for windows that a time limit or an evaluation cut short.
     Args: q (M, B), target (B,), has_target (B,), 1 or 0. Returns: a scalar."""
     error = (q - target) ** 2 * has_target
     return error.sum() / (len(q) * has_target.sum().clamp(min=1))
@@ -249,14 +249,14 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
     device = batch.obs.device
     with torch.no_grad(), mixed_precision(args, device):
         next_chunk = policy.sample(policy.encode(batch.next_obs))
-        next_features = target_critic.encode(batch.next_obs)
-        next_q = target_critic(next_features, next_chunk).mean(0)  # (B,), not the minimum
+        critic_features = target_critic.encode(batch.next_obs)
+        next_q = target_critic(critic_features, next_chunk).mean(0)  # (B,), not the minimum
         reward = critic.reward_scale * batch.reward
         target = td_target(reward, next_q, batch.terminated, args.gamma, args.chunk_size)
 
     with mixed_precision(args, device):
         q = critic(critic.encode(batch.obs), batch.chunk)  # (M, B)
-    has_target = torch.maximum(batch.valid[:, -1], batch.terminated)
+    has_target = torch.maximum(batch.valid[:, -1], batch.terminated)  # T steps long, or terminated
     loss = critic_loss(q, target, has_target)
     grad_norm = gradient_step(optimizer, loss)
     move_towards(target_critic, critic, args.tau)
@@ -278,8 +278,8 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
         features = policy.encode(batch.obs)  # (B, F)
     candidate_features = features[states].repeat_interleave(N, dim=0)  # (S * N, F)
 
-    # E-step: candidates of the current policy, weighed by the target critics. With K steps, samples
-    # spread less than the flow does, and the policy would narrow with every update
+    # E-step: candidates of the current policy, weighed by the target critics. They take 2 K steps:
+    # with K, samples spread less than the flow does, and every update would narrow the policy
     with torch.no_grad(), mixed_precision(args, device):
         candidates = policy.sample(candidate_features, flow_steps=2 * args.flow_steps)
         critic_features = target_critic.encode(batch.obs[states]).repeat_interleave(N, dim=0)
@@ -298,7 +298,7 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
         "losses/actor_loss": loss.detach(),
         "losses/actor_grad_norm": grad_norm,
         "losses/bc_loss": bc_losses.detach().mean(),
-        "losses/effective_samples": (1 / weights.square().sum(1)).mean(),
+        "losses/effective_samples": (1 / weights.square().sum(1)).mean(),  # of N
         "losses/clip_fraction": (candidate_losses > clip_threshold).float().mean(),
     }
 
@@ -370,7 +370,7 @@ def train(args: Args, make_networks=make_networks):
         step, critic_updates = run.load_checkpoint()
     fresh = not run.rows  # new, or stopped before the clone's evaluation
     demos = load_demonstrations(args, envs) if fresh else []
-    from_nothing = args.dataset == "none" and not args.policy
+    no_statistics = args.dataset == "none" and not args.policy  # for the Normalizers, yet
     run.open(step, critic_updates)
 
     # offline: clone the demonstrations; then the critics learn the clone's values
@@ -406,7 +406,7 @@ def train(args: Args, make_networks=make_networks):
         # all ranks begin to learn in the same step: their gradients are averaged
         enough = float(len(buffer) + len(demo_buffer) >= args.batch_size)
         if over_ranks(torch.tensor(enough, device=device), dist.ReduceOp.MIN) == 1:
-            if from_nothing and critic_updates == 0:
+            if no_statistics and critic_updates == 0:
                 fit_statistics(networks, buffer)
             updates = int(step * args.utd_ratio) - int((step - steps_at_once) * args.utd_ratio)
             for _ in range(updates):
@@ -414,11 +414,11 @@ def train(args: Args, make_networks=make_networks):
                 metrics = critic_step(policy, critic, target_critic, critic_optimizer, batch, args)
                 run.record(metrics)
                 critic_updates += 1
-                if critic_updates > args.critic_warmup:  # else no demonstrations warmed them up
+                if critic_updates > args.critic_warmup:  # without demonstrations, warm-up is online
                     run.record(policy_step(policy, target_critic, policy_optimizer, batch, args))
 
         if step % args.eval_interval < steps_at_once or step >= args.total_timesteps:
-            # a resumed run begins its environments anew here, so every run does; no step is lost
+            # episodes end here, kept as far as they got, so that a resumed run repeats this one
             for episode in envs.close():
                 buffer.add(episode)
             run.evaluate_and_save(step, critic_updates)
