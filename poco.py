@@ -197,8 +197,8 @@ class CriticEnsemble(nn.Module):
 
 
 def make_networks(args: Args, obs_space: gym.spaces.Box, action_dim: int):
-    """Returns: policy and critics. The updates use encode, bc_loss and sample of a policy, OGPO also
-    velocity, flow_steps and chunk_dim; and encode, forward and reward_scale of critics."""
+    """Returns: policy and critics. The updates use a policy's encode, bc_loss and sample, in OGPO
+    also velocity, flow_steps and chunk_dim, and critics' encode, forward and reward_scale."""
     obs_dim = math.prod(obs_space.shape)
     chunk_dim = args.chunk_size * action_dim
     policy = FlowPolicy(obs_dim, chunk_dim, args.hidden_dim, args.flow_steps)
