@@ -564,7 +564,8 @@ class Environment:
             require(env.observation_space.shape, f"{env.observation_space} is not flat")
             env = gym.wrappers.ClipAction(env)  # RescaleAction may round past the bounds
             env.action_space = self.box
-            self.env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
+            one = np.ones_like(self.box.high)
+            self.env = gym.wrappers.RescaleAction(env, -one, one)
 
     def reset(self, seed):
         with explained(f"{self.name} failed in reset"):
@@ -701,7 +702,8 @@ def load_demonstrations(args, envs):
     if path == "demos":
         path = f"{Path(__file__).parent}/demos/{args.env_id}.npz"
     read = read_npz if path.endswith(".npz") else read_minari
-    _, rescale, _ = gym.wrappers.utils.rescale_box(envs.box, -1.0, 1.0)
+    one = np.ones_like(envs.box.high)
+    _, rescale, _ = gym.wrappers.utils.rescale_box(envs.box, -one, one)
     episodes = []
     takes = "--dataset takes a file.npz, a Minari id, demos or none"
     with explained(f"{takes}; {path} cannot be used"):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import fql
 import numpy as np
-import poco
 import qc
 import sac
 import torch
+from fql import poco
 
 HERE = Path(__file__).resolve().parent
 
