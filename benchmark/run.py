@@ -33,8 +33,8 @@ import poco
 CUBES = f"--dataset {ROOT}/runs/cube-double.npz --eval-interval 5000"  # failures take 500 steps
 ENVIRONMENTS = {  # what to type for them, paths absolute
     "ogbench:cube-double-singletask-task2-v0": CUBES,
-    "benchmark.scaled:FetchPickAndPlace-x0.01-v4": f"--dataset {ROOT}/runs/scaled-x0.01.npz",
-    "benchmark.scaled:FetchPickAndPlace-x100-v4": f"--dataset {ROOT}/runs/scaled-x100.npz",
+    "benchmark.scaled:FetchPickAndPlace-x0.01-v4": f"--dataset {ROOT}/runs/fetch-x0.01.npz",
+    "benchmark.scaled:FetchPickAndPlace-x100-v4": f"--dataset {ROOT}/runs/fetch-x100.npz",
 }
 METHODS = {  # what follows python
     "clone": "poco.py --critic-warmup 0 --total-timesteps 1",

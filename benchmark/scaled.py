@@ -1,8 +1,7 @@
 """FetchPickAndPlace-v4 with rewards times 0.01 or 100, and demonstrations with such rewards.
 
-    python benchmark/scaled.py    writes the demonstrations, runs/scaled-x0.01.npz and -x100.npz
-    python poco.py --env-id benchmark.scaled:FetchPickAndPlace-x100-v4 \\
-                   --dataset runs/scaled-x100.npz
+    python benchmark/scaled.py    writes the demonstrations, runs/fetch-x0.01.npz and -x100.npz
+    python poco.py --env-id benchmark.scaled:FetchPickAndPlace-x100-v4 --dataset runs/fetch-x100.npz
 """
 
 from functools import partial
@@ -25,7 +24,7 @@ def write_demonstrations(factor):
         columns = dict(demos)
     columns["rewards"] = factor * columns["rewards"]
     (ROOT / "runs").mkdir(exist_ok=True)
-    np.savez_compressed(ROOT / f"runs/scaled-x{factor}.npz", **columns)
+    np.savez_compressed(ROOT / f"runs/fetch-x{factor}.npz", **columns)
 
 
 for factor in FACTORS:

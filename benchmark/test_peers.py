@@ -1,6 +1,7 @@
 """The peers' equations and command lines: python -m pytest benchmark/test_peers.py"""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,8 @@ def test_qc_s_next_chunk_is_the_critics_best_of_n(monkeypatch):
     monkeypatch.setattr(qc, "td_step", next_chunk)
     given = (critic, "target_critic", "optimizer", "batch", qc.Args(best_of_n=n))
     chosen, passed_on = qc.update_critic(policy, *given)
-    values = chunks.double().numpy() @ critic.w.double().numpy().T
+    w = critic.w.double().numpy()
+    values = chunks.double().numpy() @ w.T
     q = values.mean(1).reshape(7, n) * obs[:, :1].numpy()
     best = np.arange(7) * n + q.argmax(1)
     assert passed_on == given
@@ -89,7 +91,8 @@ def test_sac_s_buffer_has_the_demonstrations_and_its_actor_takes_flat_observatio
     batch = model.replay_buffer.sample(500)
     achieved = batch.next_observations["achieved_goal"]
     miss = (achieved - batch.observations["desired_goal"]).norm(dim=1)
-    assert torch.equal(batch.rewards[:, 0], -(miss > 0.05).float())
+    rewards = -(miss > 0.05).float()
+    assert torch.equal(batch.rewards[:, 0], rewards)
     assert batch.dones.sum() == 0  # a time limit ends them
 
     stored = model.replay_buffer.observations.items()
@@ -103,10 +106,12 @@ def run(command, cwd):
     """Returns: the folder of the run and its metrics, without the seconds."""
     words = f"{sys.executable} {HERE}/{command}".split()
     subprocess.run(words, cwd=cwd, check=True)
-    file = max(cwd.glob("runs/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-    with open(file) as text:
-        rows = [row | {"seconds": None} for row in csv.DictReader(text)]
-    return file.parent, rows
+    tables = sorted(cwd.glob("runs/*/metrics.csv"), key=os.path.getmtime)
+    with open(tables[-1]) as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["seconds"]
+    return tables[-1].parent, rows
 
 
 def test_peers_begin_with_a_clone_and_go_on_as_if_never_stopped(tmp_path):
@@ -117,4 +122,5 @@ def test_peers_begin_with_a_clone_and_go_on_as_if_never_stopped(tmp_path):
     for peer in ("qc.py", "fql.py", "sac.py"):
         _, whole = run(f"{peer} {start} 400", tmp_path)
         folder, _ = run(f"{peer} {start} 200", tmp_path)
-        assert run(f"{peer} --resume {folder} --total-timesteps 400", tmp_path) == (folder, whole)
+        resumed = run(f"{peer} --resume {folder} --total-timesteps 400", tmp_path)
+        assert resumed == (folder, whole)
