@@ -103,8 +103,8 @@ def train(args, _):
     envs = poco.Environments(args, first_seed=0, num_envs=1)
     demos = poco.load_demonstrations(args, envs)
     envs.close()
-    demo_steps = sum(len(episode.actions) for episode in demos)
     poco.require(demos, "SAC needs demonstrations here.")
+    demo_steps = sum(len(episode.actions) for episode in demos)
     model = SAC(
         "MultiInputPolicy",
         env,
