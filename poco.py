@@ -803,12 +803,9 @@ class Run:
             evaluation = f"python {METHOD}.py --evaluate {self.folder}/policy.pt"
             atexit.register(print, f"{self.script} --resume {self.folder}\n{evaluation}")
             if args.tensorboard:
-                found = importlib.util.find_spec("tensorboard")
-                require(found, "--tensorboard needs pip install tensorboard")
                 from torch.utils.tensorboard import SummaryWriter
                 self.writer = SummaryWriter(str(self.folder))
             if args.track:
-                require(importlib.util.find_spec("wandb"), "--track needs pip install wandb")
                 import wandb
                 options = {"config": asdict(args), "dir": self.folder, "resume": "allow"}
                 self.wandb = wandb.init(id=self.folder.name, **options)
@@ -1018,6 +1015,11 @@ def check(args):
     require(args.tau <= 1, "--tau must not be above 1.")
     require(2 <= args.batch_size <= args.buffer_size, "--batch-size: from 2 to --buffer-size.")
     check_method(args)
+    packages = {"tensorboard": "tensorboard", "track": "wandb", "capture_video": "moviepy"}
+    for name, package in packages.items():
+        usable = not vars(args)[name] or importlib.util.find_spec(package)
+        option = f"--{name.replace('_', '-')}"
+        require(usable, f"{option} needs pip install {package}.")
 
 
 def main(make_networks=make_networks):

@@ -48,7 +48,7 @@ def prepared(tmp_path, monkeypatch):
 OWN = {"METHOD", "Args", "check_method", "update_critic", "update_policy", "train", "posterior_weights"}
 OWN |= {"adaptive_temperature", "poco_loss", "draw_batch", "reduce_next_q", "chain_step", "sample_chain"}
 OWN |= {"chain_log_prob", "group_advantage", "chi2_penalised_q", "ppo_loss", "Actors", "MAY_BE_ZERO"}
-LIMITS = {poco: (1050, 430), ogpo: (1151, 530)}  # lines, last line of train
+LIMITS = {poco: (1052, 430), ogpo: (1153, 530)}  # lines, last line of train
 
 
 def test_what_both_scripts_share_is_identical_to_the_letter():
@@ -1053,9 +1053,9 @@ def test_bad_input_or_a_faulty_environment_gets_a_sentence_and_status_2(case, ca
     assert case in FAULTY or list(Path().iterdir()) == []
 
 
-@pytest.mark.parametrize("case", ["--tensorboard tensorboard", "--track wandb", "--dataset a/b-v0 minari"])
+@pytest.mark.parametrize("case", ["tensorboard", "track wandb", "capture-video moviepy", "dataset a/b-v0 minari"])
 def test_a_missing_optional_package_is_named(case, monkeypatch, capsys):
-    *typed, package = case.split()
+    typed, package = f"--{case}".split()[:-1] or ["--tensorboard"], case.split()[-1]
     monkeypatch.setattr(poco.importlib.util, "find_spec", lambda name: None)
     assert main(poco, *as_typed(**RUN), *typed) == 2
     assert f"pip install {package}" in capsys.readouterr().err.replace('"', "")
