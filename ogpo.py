@@ -787,7 +787,8 @@ def evaluate(policy, critic, args, best_of_n, folder, title):
     envs.close()
 
     success = mean_success(episodes)
-    mean_return = np.mean([episode.rewards.sum() for episode in episodes])
+    returns = [episode.rewards.sum() for episode in episodes]
+    mean_return = np.mean(returns)
     result = f"success {success:.2f}, mean return {mean_return:.1f}, {len(episodes)} episodes"
     tqdm.write(f"{title}: {result}")
     return {"eval/success": success, "eval/return": mean_return}
@@ -814,14 +815,15 @@ def load_demonstrations(args, envs):
             actions = rescale(actions.reshape(n, *envs.box.shape))
             outside = np.abs(actions).max() - 1
             require(outside < 1e-4, f"actions leave their box by {outside / 2:.1%} of its width")
-            finite = np.isfinite(obs).all() and np.isfinite(rewards).all()
-            require(finite, "an observation or reward is NaN or infinite")
+            for column in (obs, rewards):
+                require(np.isfinite(column).all(), "it has NaN or infinity")
             actions = actions.reshape(n, -1).clip(-1, 1)
             episodes.append(Trajectory(obs, actions, rewards.reshape(n), *end))
         demos = [episode for episode in episodes if len(episode.rewards) >= args.chunk_size]
         counts = f"{len(demos)} of {len(episodes)} episodes last a chunk"
         wanted = args.num_demos or len(demos)
-        require(NUM_RANKS <= wanted <= len(demos), f"{counts}, {wanted} are needed")
+        enough = NUM_RANKS <= wanted <= len(demos)
+        require(enough, f"{counts}, {wanted} are needed")
     order = np.random.default_rng(args.seed).permutation(len(demos))
     demos = [demos[i] for i in sorted(order[:wanted])]
     success = mean_success(demos)
@@ -1075,7 +1077,8 @@ def start_process():
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if NUM_RANKS > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
     return device
 
 
