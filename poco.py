@@ -391,6 +391,7 @@ def train(args: Args, make_networks=make_networks):
         run.evaluate_and_save(step, critic_updates)
 
     # online: act, store, learn, evaluate
+    run.bar.unpause()  # its rate is that of what follows
     envs = start_environments(args, step)
     steps_at_once = args.num_envs * NUM_RANKS
     while step < args.total_timesteps:
