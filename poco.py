@@ -370,7 +370,7 @@ def train(args: Args, make_networks=make_networks):
         step, critic_updates = run.load_checkpoint()
     fresh = not run.rows  # new, or stopped before the clone's evaluation
     demos = load_demonstrations(args, envs) if fresh else []
-    no_statistics = args.dataset == "none" and not args.policy  # for the Normalizers, yet
+    fits_online = args.dataset == "none" and not args.policy  # no data for statistics before
     run.open(step, critic_updates)
 
     # offline: clone the demonstrations; then the critics learn the clone's values
@@ -407,7 +407,7 @@ def train(args: Args, make_networks=make_networks):
         # all ranks begin to learn in the same step: their gradients are averaged
         enough = float(len(buffer) + len(demo_buffer) >= args.batch_size)
         if over_ranks(torch.tensor(enough, device=device), dist.ReduceOp.MIN) == 1:
-            if no_statistics and critic_updates == 0:
+            if fits_online and critic_updates == 0:
                 fit_statistics(networks, buffer)
             updates = int(step * args.utd_ratio) - int((step - steps_at_once) * args.utd_ratio)
             for _ in range(updates):
