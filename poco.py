@@ -6,7 +6,7 @@
 
 The method ends with `train`; the machinery follows.
 Shapes: B batch, O observation, F features, A action, T chunk_size, D = T * A, K flow_steps,
-N candidates, M critics, E environments, S states with candidates.
+N candidates, M critics, S states with candidates.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: runs side by side do not spin
+
 import gymnasium as gym
-import gymnasium_robotics
 import numpy as np
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+with contextlib.redirect_stderr(io.StringIO()):  # a notice about three of its environments
+    import gymnasium_robotics
+
 METHOD = "poco"
-RANK = int(os.environ.get("RANK", "0"))  # torchrun sets both
-NUM_RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 CPU_FEATURES = torch.cpu.get_capabilities()
 CPU_BF16 = CPU_FEATURES.get("amx_bf16", False) or CPU_FEATURES.get("avx512_bf16", False)
 REFRESH = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
-progress = partial(tqdm, leave=False, mininterval=REFRESH, disable=RANK > 0)
+progress = partial(tqdm, mininterval=REFRESH)
 gym.register_envs(gymnasium_robotics)
 
 
@@ -52,11 +53,9 @@ gym.register_envs(gymnasium_robotics)
 class Args:
     # run
     seed: int = 1  # seed of everything random
-    torch_threads: int | None = None  # CPU threads (default: torch's choice)
+    torch_threads: int | None = None  # CPU threads (default: torch's choice, but at most 4)
     bf16: bool = True  # bfloat16 in the updates, but not in cloning, where the hardware has it
     compile: bool = False  # torch.compile the updates, but not cloning
-    tensorboard: bool = False  # log to TensorBoard too
-    track: bool = False  # log to Weights & Biases too
     log_interval: int = 500  # steps between rows of metrics.csv
     resume: Path | None = None  # go on with the run in this folder
     policy: str | None = None  # start from a policy file of either script instead of cloning
@@ -77,7 +76,6 @@ class Args:
     critic_warmup: int = 3_000  # updates of the critics alone, on demonstrations if there are any
     # online phase
     total_timesteps: int = 20_000  # online environment steps
-    num_envs: int = 4  # environments stepped side by side
     buffer_size: int = 1_000_000  # observations in the replay buffer
     utd_ratio: float = 0.5  # gradient updates per step
     gamma: float = 0.96  # discount per step
@@ -91,10 +89,9 @@ class Args:
     posterior_coef: float = 1.0  # beta, weight of the posterior term
     clip_threshold: float | None = None  # zeta, of candidates' L_BC (default: batch's 0.9 quantile)
     # evaluation
-    eval_interval: int = 2_500  # steps between evaluations; all episodes begin anew there
+    eval_interval: int = 2_500  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
     evaluate: Path | None = None  # evaluate this policy file instead of training
-    render: bool = False  # show evaluations in a window
     capture_video: bool = False  # record evaluations as MP4
 
 
@@ -129,8 +126,9 @@ class FlowPolicy(nn.Module):
         self.encode = Normalizer(obs_dim)
         layers = []
         for in_dim in (obs_dim + chunk_dim + 1, hidden_dim, hidden_dim):
-            layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU()]
+            layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Dropout(0.1)]
         self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, chunk_dim))
+        self.eval()  # dropout is for cloning alone: few demonstrations are soon learned by heart
 
     def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The flow's velocity v(x, t, s). Args: x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
@@ -159,41 +157,32 @@ class FlowPolicy(nn.Module):
         return x.clamp(-1, 1)
 
 
-class EnsembleLinear(nn.Module):
-    """M linear layers in one batched product, initialised as nn.Linear is."""
-    def __init__(self, num_critics: int, in_dim: int, out_dim: int):
-        super().__init__()
-        bound = in_dim**-0.5
-        weight = torch.empty(num_critics, in_dim, out_dim)
-        bias = torch.empty(num_critics, 1, out_dim)
-        self.weight = nn.Parameter(weight.uniform_(-bound, bound))
-        self.bias = nn.Parameter(bias.uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)  # (M, B, in) -> (M, B, out)
-
-
 class CriticEnsemble(nn.Module):
     """M independent Q(s, chunk), of rewards scaled so that the largest has magnitude 1. MLPs with
     LayerNorm in the hidden layers; `encode` as in FlowPolicy."""
     def __init__(self, obs_dim: int, chunk_dim: int, num_critics: int, hidden_dim: int = 256):
         super().__init__()
-        self.num_critics = num_critics
         self.encode = Normalizer(obs_dim)
-        self.register_buffer("reward_scale", torch.ones(()))
-        layers = []
-        for in_dim in (obs_dim + chunk_dim, hidden_dim, hidden_dim):
-            norm = nn.LayerNorm(hidden_dim, elementwise_affine=False)
-            layers += [EnsembleLinear(num_critics, in_dim, hidden_dim), norm, nn.SiLU()]
-        self.net = nn.Sequential(*layers)
-        self.head = EnsembleLinear(num_critics, hidden_dim, 1)
+        self.register_buffer("reward_scale", torch.zeros(()))  # 0 until there is a reward
+        self.hidden = nn.ModuleList()
+        self.heads = nn.ModuleList()
+        for _ in range(num_critics):
+            layers = []
+            for in_dim in (obs_dim + chunk_dim, hidden_dim, hidden_dim):
+                norm = nn.LayerNorm(hidden_dim, elementwise_affine=False)
+                layers += [nn.Linear(in_dim, hidden_dim), norm, nn.SiLU()]
+            self.hidden.append(nn.Sequential(*layers))
+            self.heads.append(nn.Linear(hidden_dim, 1))
 
     def forward(self, features: Tensor, chunk: Tensor) -> Tensor:
         """Args: features (B, F), chunk (B, D). Returns: Q (M, B)."""
         x = torch.cat([features, chunk], dim=1)
-        hidden = self.net(x.expand(self.num_critics, -1, -1))
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 rounds -20.06 to -20.0
-            return self.head(hidden.float()).squeeze(2)
+        values = []
+        for layers, head in zip(self.hidden, self.heads):
+            hidden = layers(x).float()
+            with torch.autocast(x.device.type, enabled=False):  # bfloat16 rounds -20.06 to -20.0
+                values.append(head(hidden).squeeze(1))
+        return torch.stack(values)
 
 
 def make_networks(args: Args, obs_space: gym.spaces.Box, action_dim: int):
@@ -218,7 +207,8 @@ def critic_loss(q: Tensor, target: Tensor, has_target: Tensor) -> Tensor:
     """Squared TD error, 0 for windows that a time limit or an evaluation cut short.
     Args: q (M, B), target (B,), has_target (B,), 1 or 0. Returns: a scalar."""
     error = (q - target) ** 2 * has_target
-    return error.sum() / (len(q) * has_target.sum().clamp(min=1))
+    count = has_target.sum().clamp(min=1)
+    return error.mean(0).sum() / count
 
 
 def posterior_weights(q: Tensor, temperature: float | Tensor) -> Tensor:
@@ -304,51 +294,50 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
 
 
 def update_clone(policy, optimizer, batch: Batch) -> dict:
-    """One step of behaviour cloning. Returns: metrics."""
+    """One step of behaviour cloning, with the policy's dropout. Returns: metrics."""
+    policy.train()
     features = policy.encode(batch.obs)
     loss = policy.bc_loss(features, batch.chunk, batch.valid).mean()
+    policy.eval()
     grad_norm = gradient_step(optimizer, loss)
     return {"losses/bc_loss": loss.detach(), "losses/actor_grad_norm": grad_norm}
 
 
 @torch.no_grad()
-def choose_chunks(policy, critic, obs: Tensor, best_of_n: int) -> Tensor:
-    """Samples n chunks for each observation (E, ...), takes the critics' best. Returns: (E, D)."""
+def choose_chunk(policy, critic, obs: Tensor, best_of_n: int) -> Tensor:
+    """Samples n chunks for an observation (1, O) and takes the critics' best. Returns: (D,)."""
     obs = obs.to(next(policy.parameters()).device)
-    features = policy.encode(obs).repeat_interleave(best_of_n, dim=0)
-    chunks = policy.sample(features)  # (E * n, D)
+    features = policy.encode(obs).expand(best_of_n, -1)
+    chunks = policy.sample(features)  # (n, D)
     if best_of_n == 1:
-        return chunks
-    critic_features = critic.encode(obs).repeat_interleave(best_of_n, dim=0)
+        return chunks[0]
+    critic_features = critic.encode(obs).expand(best_of_n, -1)
     q = critic(critic_features, chunks).mean(0)
-    best = q.view(-1, best_of_n).argmax(1)  # (E,)
-    first = torch.arange(0, len(chunks), best_of_n, device=obs.device)
-    return chunks[first + best]
+    return chunks[q.argmax()]
 
 
 def draw_batch(buffer: ReplayBuffer, demo_buffer: ReplayBuffer, batch_size: int) -> Batch:
     """Half own experience, half demonstrations (RLPD, arXiv 2302.02948); all of one kind while
     there is none of the other."""
-    if len(demo_buffer) == 0:
-        return buffer.sample(batch_size)
-    if len(buffer) == 0:
-        return demo_buffer.sample(batch_size)
-    own = buffer.sample(batch_size // 2)
-    demos = demo_buffer.sample(batch_size - batch_size // 2)
-    return Batch(*map(torch.cat, zip(own, demos, strict=True)))
+    kinds = [kind for kind in (buffer, demo_buffer) if len(kind) > 0]
+    batches = [kind.sample(batch_size // len(kinds)) for kind in kinds]
+    return Batch(*map(torch.cat, zip(*batches, strict=True)))
 
 
 def train(args: Args, make_networks=make_networks):
     """Clones demonstrations, then improves the policy online: act, store, learn, evaluate.
     Args: make_networks, another one to bring your own policy or critics."""
-    device = start_process()
-    envs = Environments(args, first_seed=0, num_envs=1)  # for its spaces
-    envs.close()
-    torch.manual_seed(args.seed)  # equal networks on all ranks
-    policy, critic = make_networks(args, envs.obs_space, envs.action_dim)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    env = Environment(args, first_seed=0)  # for its spaces; what fails, fails before the cloning
+    env.set_chunk(torch.zeros(env.action_dim))
+    env.step()
+    env.close()
+    demos = load_demonstrations(args, env)
+    torch.manual_seed(args.seed)
     if args.policy and not args.resume:
         _, policy, critic = load_policy(args.policy, args, make_networks)
-    torch.manual_seed(args.seed + RANK)  # and noise of its own on each
+    else:
+        policy, critic = make_networks(args, env.obs_space, env.action_dim)
     policy.to(device)
     critic.to(device)
     target_critic = copy.deepcopy(critic)
@@ -357,76 +346,86 @@ def train(args: Args, make_networks=make_networks):
     compiled = partial(torch.compile, mode="reduce-overhead", disable=not args.compile)
     critic_step = compiled(update_critic)
     policy_step = compiled(update_policy)
-    buffer = ReplayBuffer(args, envs.obs_space, envs.action_dim, device)
-    demo_buffer = ReplayBuffer(args, envs.obs_space, envs.action_dim, device)
+    buffer = ReplayBuffer(args, env, args.buffer_size, device)
+    num_rows = sum(len(demo.obs) for demo in demos)
+    demo_buffer = ReplayBuffer(args, env, num_rows, device)
+    for demo in demos:
+        demo_buffer.add(demo)
 
     networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
     optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
-    buffers = {"buffer": buffer, "demo_buffer": demo_buffer}
-    run = Run(args, networks | optimizers | buffers)
+    run = Run(args, networks | optimizers | {"buffer": buffer})
     step = 0
     critic_updates = 0
-    if args.resume:
-        step, critic_updates = run.load_checkpoint()
-    fresh = not run.rows  # new, or stopped before the clone's evaluation
-    demos = load_demonstrations(args, envs) if fresh else []
-    fits_online = args.dataset == "none" and not args.policy  # no data for statistics before
-    run.open(step, critic_updates)
 
     # offline: clone the demonstrations; then the critics learn the clone's values
-    if fresh:
-        for episode in demos:
-            demo_buffer.add(episode)
-        if len(demo_buffer) > 0 and not args.policy:
-            fit_statistics(networks, demo_buffer)
+    if args.resume:
+        step, critic_updates = run.load_checkpoint()
+    elif demos:
+        if not args.policy:
+            fit_normalizers(networks, demo_buffer)
             for _ in progress(range(args.bc_steps), "cloning"):
                 batch = demo_buffer.sample(args.batch_size)
                 run.record(update_clone(policy, policy_optimizer, batch))
-        if len(demo_buffer) > 0:
-            for _ in progress(range(args.critic_warmup), "critics"):
-                batch = demo_buffer.sample(args.batch_size)
-                metrics = critic_step(policy, critic, target_critic, critic_optimizer, batch, args)
-                run.record(metrics)
-                critic_updates += 1
-        run.evaluate_and_save(step, critic_updates)
+        fit_reward_scale(critic, target_critic, demo_buffer)
+        for _ in progress(range(args.critic_warmup), "critics"):
+            batch = demo_buffer.sample(args.batch_size)
+            metrics = critic_step(policy, critic, target_critic, critic_optimizer, batch, args)
+            run.record(metrics)
+            critic_updates += 1
+    if not args.resume:
+        run.save(step, critic_updates)
+    run.open(step)
+    if not run.rows:  # single samples: so far, the critics know demonstrations alone
+        metrics = evaluate(policy, target_critic, args, 1, run.folder, "clone")
+        run.record(metrics)
+        run.write_row(step)
 
-    # online: act, store, learn, evaluate
+    # online: act, store, learn; then evaluate
     run.bar.unpause()  # its rate is that of what follows
-    envs = start_environments(args, step)
-    steps_at_once = args.num_envs * NUM_RANKS
     while step < args.total_timesteps:
-        if envs.waiting():
-            obs = envs.observations()
-            envs.set_chunks(choose_chunks(policy, target_critic, obs, args.best_of_n))
-        for episode in envs.step():
-            buffer.add(episode)
-            run.record_episode(episode)
-        step += steps_at_once
-        run.bar.update(steps_at_once)
-
-        # all ranks begin to learn in the same step: their gradients are averaged
-        enough = float(len(buffer) + len(demo_buffer) >= args.batch_size)
-        if over_ranks(torch.tensor(enough, device=device), dist.ReduceOp.MIN) == 1:
-            if fits_online and critic_updates == 0:
-                fit_statistics(networks, buffer)
-            updates = int(step * args.utd_ratio) - int((step - steps_at_once) * args.utd_ratio)
-            for _ in range(updates):
-                batch = draw_batch(buffer, demo_buffer, args.batch_size)
-                metrics = critic_step(policy, critic, target_critic, critic_optimizer, batch, args)
-                run.record(metrics)
-                critic_updates += 1
-                if critic_updates > args.critic_warmup:  # without demonstrations, warm-up is online
-                    run.record(policy_step(policy, target_critic, policy_optimizer, batch, args))
-
-        if step % args.eval_interval < steps_at_once or step >= args.total_timesteps:
-            # episodes end here, kept as far as they got, so that a resumed run repeats this one
-            for episode in envs.close():
+        # seeds by step: a resumed run then repeats what an uninterrupted one does
+        rng = np.random.default_rng([args.seed, step])
+        torch.manual_seed(int(rng.integers(2**31)))
+        env = Environment(args, first_seed=int(rng.integers(2**31)))
+        next_evaluation = (step // args.eval_interval + 1) * args.eval_interval
+        stop = min(next_evaluation, args.total_timesteps)
+        while step < stop:
+            if not env.chunk:
+                obs = env.observation()
+                env.set_chunk(choose_chunk(policy, target_critic, obs, args.best_of_n))
+            for episode in env.step():
                 buffer.add(episode)
-            run.evaluate_and_save(step, critic_updates)
-            envs = start_environments(args, step)
-        elif step % args.log_interval < steps_at_once:
-            run.write_row(step)
-    envs.close()
+                run.record_episode(episode)
+            step += 1
+            run.bar.update()
+
+            if len(buffer) + len(demo_buffer) >= args.batch_size:
+                if critic_updates == 0 and not demos and not args.policy:
+                    fit_normalizers(networks, buffer)
+                fit_reward_scale(critic, target_critic, buffer)
+                updates_before = int((step - 1) * args.utd_ratio)
+                for _ in range(updates_before, int(step * args.utd_ratio)):
+                    batch = draw_batch(buffer, demo_buffer, args.batch_size)
+                    metrics = critic_step(
+                        policy, critic, target_critic, critic_optimizer, batch, args
+                    )
+                    run.record(metrics)
+                    critic_updates += 1
+                    if critic_updates > args.critic_warmup:  # of a run without demonstrations
+                        metrics = policy_step(policy, target_critic, policy_optimizer, batch, args)
+                        run.record(metrics)
+            if step % args.log_interval == 0 and step < stop:
+                run.write_row(step)
+
+        # the unfinished episode is kept as far as it got; a resumed run begins anew here, too
+        for episode in env.close():
+            buffer.add(episode)
+        n = args.best_of_n
+        metrics = evaluate(policy, target_critic, args, n, run.folder, f"step {step}")
+        run.record(metrics)
+        run.write_row(step)
+        run.save(step, critic_updates)
 
 
 # Replay buffer
@@ -437,7 +436,6 @@ class Trajectory(NamedTuple):
     rewards: np.ndarray  # (n,)
     terminated: bool  # False: cut off, by the time limit or an evaluation
     success: float  # 1 or 0, NaN if not reported
-    seed: int = 0  # of the reset that began it
 
 
 class Batch(NamedTuple):
@@ -453,25 +451,25 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """A ring of rows, one for each observation, with the dtype of its space. The next observation
     is the next row's; the one at an episode's end has a row to itself, where no window starts."""
-    def __init__(self, args, obs_space, action_dim, device="cpu"):
-        self.capacity = args.buffer_size
+    def __init__(self, args, env, capacity, device="cpu"):
+        self.capacity = capacity
         self.chunk_size = args.chunk_size
         self.gamma = args.gamma
-        self.widths = [action_dim, 1, 1, 1]  # action, reward, whether its end terminates, left
-        obs = np.zeros((self.capacity, *obs_space.shape), obs_space.dtype)
-        steps = np.zeros((self.capacity, action_dim + 3), np.float32)
+        self.widths = [env.action_dim, 1, 1, 1]  # action, reward, whether its end terminates, left
+        obs = np.zeros((capacity, *env.obs_space.shape), env.obs_space.dtype)
+        steps = np.zeros((capacity, sum(self.widths)), np.float32)
         self.obs = torch.from_numpy(obs).to(device)
         self.steps = torch.from_numpy(steps).to(device)
         self.position = 0
         self.size = 0
-        self.find_starts()
 
-    def find_starts(self):
+    def starts(self):
+        """Rows where a window can start."""
         left = self.steps[: self.size, -1]
-        self.starts = left.nonzero()[:, 0]
+        return left.nonzero()[:, 0]
 
     def __len__(self):
-        return len(self.starts)
+        return len(self.starts())
 
     def add(self, episode):
         """Writes an episode over the oldest rows, of one longer than the buffer its end."""
@@ -479,8 +477,6 @@ class ReplayBuffer:
         terminates = np.full(len(left), episode.terminated)
         steps = np.column_stack([episode.actions, episode.rewards, terminates, left])
         steps = np.pad(steps, ((0, 1), (0, 0)))  # the row of the last observation
-        finite = np.isfinite(episode.obs).all() and np.isfinite(steps).all()
-        require(finite, "an observation, action or reward is NaN or infinite")
 
         obs = torch.as_tensor(episode.obs[-self.capacity :])
         steps = torch.as_tensor(steps[-self.capacity :])
@@ -489,13 +485,12 @@ class ReplayBuffer:
         self.steps[rows] = steps.to(self.steps)
         self.position = (self.position + len(obs)) % self.capacity
         self.size = min(self.size + len(obs), self.capacity)
-        self.find_starts()
 
     def sample(self, batch_size):
         """Windows that start in any step with equal probability."""
         device = self.obs.device
-        drawn = torch.randint(len(self), (batch_size,), device=device)
-        start = self.starts[drawn]
+        starts = self.starts()
+        start = starts[torch.randint(len(starts), (batch_size,), device=device)]
         i = torch.arange(self.chunk_size, device=device)
         rows = (start[:, None] + i) % self.capacity
         steps = self.steps[rows]  # (B, T, A + 3)
@@ -506,7 +501,8 @@ class ReplayBuffer:
         chunk = torch.where(valid[..., None] > 0, actions, filler).flatten(1)
         discount = valid * self.gamma**i
         reward = (rewards[..., 0] * discount).sum(1)
-        terminated = terminates[:, 0, 0] * (left[:, 0] <= self.chunk_size)
+        reaches_end = left[:, 0] <= self.chunk_size
+        terminated = terminates[:, 0, 0] * reaches_end
         after = (start + valid.sum(1).long()) % self.capacity
         return Batch(self.obs[start], chunk, reward, self.obs[after], terminated, valid)
 
@@ -523,42 +519,52 @@ class ReplayBuffer:
         require(self.size in (self.position, self.capacity), "full buffers cannot grow")
         self.obs[: self.size] = state["obs"]
         self.steps[: self.size] = state["steps"]
-        self.find_starts()
 
 
-def fit_statistics(networks, buffer):
-    """Gives every Normalizer the buffer's statistics, on all ranks, and critics the reward scale.
-    What is constant is only shifted. Args: networks, by name."""
+def fit_normalizers(networks, buffer):
+    """Gives every Normalizer the buffer's statistics. What float32 does not resolve, or what only
+    jitters beside the other entries, is not scaled. Args: networks, by name."""
     obs = buffer.obs[: buffer.size].double()
-    mean = over_ranks(obs.mean(0) / NUM_RANKS, dist.ReduceOp.SUM)
-    variance = ((obs - mean) ** 2).mean(0)
-    std = over_ranks(variance / NUM_RANKS, dist.ReduceOp.SUM).sqrt()
-    std[std < 1e-4] = 1
-    rewards = buffer.steps[:, -3]
-    largest = over_ranks(rewards.abs().max(), dist.ReduceOp.MAX)
+    size = obs.abs().amax(0)
+    std = obs.std(0, correction=0)
+    lost = std <= 1e-7 * size
+    jitter = std < 1e-4 * std[~lost].median()
+    if (std[lost] > 1e-12 * size[lost]).any():
+        tqdm.write("observations vary by less than float32 resolves: take off their offset")
+    std[lost | jitter] = 1
     for module in nn.ModuleList(networks.values()).modules():
         if isinstance(module, Normalizer):
-            module.mean.copy_(mean)
+            module.mean.copy_(obs.mean(0))
             module.std.copy_(std)
-    if largest > 0:
-        networks["critic"].reward_scale.copy_(1 / largest)
-        networks["target_critic"].reward_scale.copy_(1 / largest)
 
 
-# Environments
+def fit_reward_scale(critic, target_critic, buffer):
+    """Sets the critics' reward scale by the first rewards there are, and keeps it."""
+    if critic.reward_scale == 0:
+        largest = buffer.steps[:, -3].abs().max()
+        scale = (1 / largest).nan_to_num(posinf=0.0)
+        critic.reward_scale.copy_(scale)
+        target_critic.reward_scale.copy_(scale)
+
+
+# Environment
 class Environment:
     """A Gymnasium environment with flat observations and actions in [-1, 1], its episode so far,
-    and what is left of its chunk. Raises: UserError where it cannot be used, or fails."""
-    def __init__(self, args, videos=None, **options):
+    and what is left of its chunk. Episodes have the seeds first_seed, first_seed + 1, ..."""
+    def __init__(self, args, first_seed, videos=None, **options):
         self.name = args.env_id
         self.success_at = args.success_at
         with explained(f"{self.name} cannot be used"):
             env = gym.make(self.name, disable_env_checker=True, **options)
             self.box = env.action_space
             require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
-            require((self.box.low < self.box.high).all(), "an action has low == high")
-            if env.spec.max_episode_steps is None:
-                env = gym.wrappers.TimeLimit(env, 10_000)
+            kind = self.box.dtype.kind
+            require(kind == "f", "actions are no floats")
+            self.width = self.box.high - self.box.low
+            usable = np.isfinite(self.width) & (self.width > 0)
+            require(usable.all(), "an action has no bounds, or low == high")
+            self.limit = env.spec.max_episode_steps or 10_000
+            env = gym.wrappers.TimeLimit(env, self.limit)
             if videos:
                 env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=True)
             env = gym.wrappers.FlattenObservation(env)
@@ -567,31 +573,64 @@ class Environment:
             env.action_space = self.box
             one = np.ones_like(self.box.high)
             self.env = gym.wrappers.RescaleAction(env, -one, one)
+        self.obs_space = env.observation_space
+        self.action_dim = math.prod(self.box.shape)
+        self.reset(first_seed)
 
     def reset(self, seed):
-        with explained(f"{self.name} failed in reset"):
+        np.random.seed(seed)  # some environments draw from it
+        with explained(f"{self.name} failed in reset, which returns observation and info"):
             obs, _ = self.env.reset(seed=seed)
+            require(obs.shape == self.obs_space.shape, "the observation is not in its space")
         self.seed = seed
         self.obs = [obs]
         self.steps = []
         self.chunk = []
 
+    def observation(self):
+        """Returns: (1, O), with numbers for NaN and infinity, which later cost the episode."""
+        obs = np.nan_to_num(self.obs[-1])
+        return torch.as_tensor(obs)[None]
+
+    def set_chunk(self, chunk):
+        """Args: chunk (D,)."""
+        actions = chunk.cpu().numpy().reshape(-1, self.action_dim)
+        self.chunk = list(actions)
+
     def step(self):
-        """Takes the chunk's next action. Returns: the episode, if it has ended."""
+        """Takes the chunk's next action. Returns: a list of the episode, if it ended thereby."""
         action = self.chunk.pop(0)
-        with explained(f"{self.name} failed in step"):
+        returned = "observation, reward, terminated, truncated and an info with numbers"
+        with explained(f"{self.name} failed in step, which returns {returned}"):
             shaped = action.reshape(self.box.shape)
             obs, reward, terminated, truncated, info = self.env.step(shaped)
-        success = info.get("is_success", info.get("success", math.nan))  # Fetch; Adroit, OGBench
+            require(obs.shape == self.obs_space.shape, "the observation is not in its space")
+            success = info.get("is_success", info.get("success", math.nan))
+            success = float(np.asarray(success).item())
+            reward = float(np.asarray(reward).item())
         self.obs.append(obs)
-        self.steps.append((action, float(reward), float(success)))
-        if terminated or truncated:
-            return self.episode(bool(terminated))
+        self.steps.append((action, reward, success))
+        if not (terminated or truncated):
+            return []
+        ended = self.episode(bool(terminated))
+        self.reset(self.seed + 1)
+        return ended
+
+    def close(self):
+        """Returns: a list of the unfinished episode, cut off."""
+        self.env.close()
+        return self.episode(terminated=False)
 
     def episode(self, terminated):
-        actions, rewards, success = map(np.array, zip(*self.steps, strict=True))
-        success = episode_success(success, self.success_at)
-        return Trajectory(np.array(self.obs), actions, rewards, terminated, success, self.seed)
+        if not self.steps:
+            return []
+        actions, rewards, success = map(np.array, zip(*self.steps))
+        obs = np.array(self.obs)
+        if np.isfinite(obs).all() and np.isfinite(rewards).all():
+            success = episode_success(success, self.success_at)
+            return [Trajectory(obs, actions, rewards, terminated, success)]
+        tqdm.write(f"{self.name}: NaN or infinity in the episode of seed {self.seed}, left out")
+        return []
 
 
 def episode_success(steps, success_at):
@@ -609,82 +648,21 @@ def mean_success(episodes):
     return float(np.nan_to_num(successes).mean())
 
 
-class Environments:
-    """Environments side by side, for the episodes of the seeds first_seed, first_seed + 1, ...
-    Each runs a chunk of its own open loop, then waits for the next. Options go to the first."""
-    def __init__(self, args, first_seed, num_envs, **options):
-        self.name = args.env_id
-        self.seeds = itertools.count(first_seed)
-        self.envs = [Environment(args, **options)]
-        for _ in range(1, num_envs):
-            self.envs.append(Environment(args))
-        for env in self.envs:
-            env.reset(next(self.seeds))
-        self.box = self.envs[0].box
-        self.obs_space = self.envs[0].env.observation_space
-        self.action_dim = math.prod(self.box.shape)
-
-    def waiting(self):
-        return [env for env in self.envs if not env.chunk]
-
-    def observations(self):
-        """Of those that wait: (E, O)."""
-        obs = np.stack([env.obs[-1] for env in self.waiting()])
-        require(np.isfinite(obs).all(), f"{self.name}: an observation is NaN or infinite")
-        return torch.as_tensor(obs)
-
-    def set_chunks(self, chunks):
-        """Of those that wait: (E, D)."""
-        chunks = chunks.cpu().numpy()
-        for env, chunk in zip(self.waiting(), chunks, strict=True):
-            env.chunk = list(chunk.reshape(-1, self.action_dim))
-
-    def step(self):
-        """A step of each; where an episode ends, the next begins. Returns: the ended ones."""
-        ended = []
-        for env in self.envs:
-            episode = env.step()
-            if episode:
-                ended.append(episode)
-                env.reset(next(self.seeds))
-        return ended
-
-    def close(self):
-        """Returns: the unfinished episodes, cut off."""
-        for env in self.envs:
-            env.env.close()
-        return [env.episode(terminated=False) for env in self.envs if env.steps]
-
-
-def start_environments(args, step):
-    """New environments. They and torch are seeded by seed, rank and step, so that a resumed run
-    repeats what an uninterrupted one does."""
-    sequence = np.random.SeedSequence([args.seed, RANK, step])
-    for_torch, for_episodes = sequence.generate_state(2)
-    torch.manual_seed(int(for_torch))
-    return Environments(args, int(for_episodes) // 2, args.num_envs)
-
-
 def evaluate(policy, critic, args, best_of_n, folder, title):
-    """Runs an episode for each of the seeds 0, 1, ... with the best of n. Returns: metrics."""
+    """Runs episodes of the seeds 0, 1, ... with the best of n. Returns: metrics."""
     title = f"{title}, best of {best_of_n}"
     options = {}
-    if args.render:
-        options = {"render_mode": "human"}
     if args.capture_video:
         options = {"render_mode": "rgb_array", "videos": folder / "videos" / title}
+    env = Environment(args, first_seed=0, **options)
     torch.manual_seed(0)
-    num_envs = min(args.num_envs, args.eval_episodes)
-    envs = Environments(args, first_seed=0, num_envs=num_envs, **options)
     episodes = []
-    while len(episodes) < args.eval_episodes:
-        if envs.waiting():
-            obs = envs.observations()
-            envs.set_chunks(choose_chunks(policy, critic, obs, best_of_n))
-        for episode in envs.step():
-            if episode.seed < args.eval_episodes:
-                episodes.append(episode)
-    envs.close()
+    while env.seed < args.eval_episodes:
+        if not env.chunk:
+            env.set_chunk(choose_chunk(policy, critic, env.observation(), best_of_n))
+        episodes += env.step()
+    env.close()
+    require(episodes, f"{args.env_id}: no episode of the evaluation is usable")
 
     success = mean_success(episodes)
     returns = [episode.rewards.sum() for episode in episodes]
@@ -695,40 +673,42 @@ def evaluate(policy, critic, args, best_of_n, folder, title):
 
 
 # Demonstrations
-def load_demonstrations(args, envs):
-    """Returns: this rank's share of the dataset, failures included, observations and actions as
-    the networks see them. Raises: UserError."""
+def load_demonstrations(args, env):
+    """Returns: the dataset's episodes as the networks see them. Raises: UserError."""
     path = args.dataset
     if path == "none":
         return []
     if path == "demos":
         path = f"{Path(__file__).parent}/demos/{args.env_id}.npz"
     read = read_npz if path.endswith(".npz") else read_minari
-    one = np.ones_like(envs.box.high)
-    _, rescale, _ = gym.wrappers.utils.rescale_box(envs.box, -one, one)
     episodes = []
     takes = "--dataset takes a file.npz, a Minari id, demos or none"
     with explained(f"{takes}; {path} cannot be used"):
+        if Path(path).is_file():
+            require(path.endswith(".npz"), "benchmark/README.md converts other files")
         for obs, actions, rewards, *end in read(path, args.success_at):
             n = len(rewards)
-            obs = obs.reshape(n + 1, *envs.obs_space.shape)
-            actions = rescale(actions.reshape(n, *envs.box.shape))
+            where = f"episode {len(episodes)}"
+            require(n <= env.limit, f"{where} exceeds the environment's {env.limit} steps")
+            obs = obs.reshape(n + 1, *env.obs_space.shape)
+            actions = actions.reshape(n, *env.box.shape)
+            actions = 2 * (actions - env.box.low) / env.width - 1
             outside = np.abs(actions).max() - 1
             require(outside < 1e-4, f"actions leave their box by {outside / 2:.1%} of its width")
             for column in (obs, rewards):
-                require(np.isfinite(column).all(), "it has NaN or infinity")
+                require(np.isfinite(column).all(), f"{where} has NaN or infinity")
             actions = actions.reshape(n, -1).clip(-1, 1)
             episodes.append(Trajectory(obs, actions, rewards.reshape(n), *end))
-        demos = [episode for episode in episodes if len(episode.rewards) >= args.chunk_size]
-        counts = f"{len(demos)} of {len(episodes)} episodes last a chunk"
-        wanted = args.num_demos or len(demos)
-        enough = NUM_RANKS <= wanted <= len(demos)
-        require(enough, f"{counts}, {wanted} are needed")
-    order = np.random.default_rng(args.seed).permutation(len(demos))
-    demos = [demos[i] for i in sorted(order[:wanted])]
+        total = len(episodes)
+        wanted = args.num_demos or total
+        require(wanted <= total, f"it has {total} episodes, --num-demos is {wanted}")
+        longest = max(len(episode.rewards) for episode in episodes)
+        require(longest >= args.chunk_size, f"no episode lasts a chunk of {args.chunk_size} steps")
+    order = np.random.default_rng(args.seed).permutation(total)
+    demos = [episodes[i] for i in sorted(order[:wanted])]
     success = mean_success(demos)
-    tqdm.write(f"demonstrations: {counts}, {wanted} used, success {success:.2f}")
-    return demos[RANK::NUM_RANKS]
+    tqdm.write(f"demonstrations: {wanted} of {total} episodes, success {success:.2f}")
+    return demos
 
 
 def read_npz(path, success_at):
@@ -743,9 +723,13 @@ def read_npz(path, success_at):
         next_obs = file.get("next_observations")
         success = file.get("success", np.full(len(obs), math.nan)).ravel()
     for column in (actions, rewards, ends, success):
-        require(len(column) == len(obs), f"columns have {len(obs)} and {len(column)} rows")
+        require(len(column) == len(obs), "columns differ in their numbers of rows")
     require(ends.any(), "terminals and timeouts mark no end")
     ends[-1] = True  # the last episode may be unfinished
+    if next_obs is not None:
+        same = np.isclose(next_obs[:-1], obs[1:], equal_nan=True).all(1)
+        torn = ~(same | ends[:-1])
+        require(not torn.any(), f"row {torn.argmax()}: next_observations are not the next row's")
     start = 0
     for last in np.flatnonzero(ends):
         rows = slice(start, last + 1)
@@ -771,11 +755,12 @@ def read_minari(dataset_id, success_at):
     for recorded in dataset.iterate_episodes():
         every = gym.vector.utils.batch_space(space, len(recorded.rewards) + 1)
         parts = gym.vector.utils.iterate(every, recorded.observations)
-        obs = np.array([gym.spaces.flatten(space, part) for part in parts])
+        flat = [gym.spaces.flatten(space, part) for part in parts]
         infos = recorded.infos or {}
-        succeeded = episode_success(infos.get("success", [math.nan]), success_at)
+        steps = infos.get("is_success", infos.get("success", [math.nan]))
+        succeeded = episode_success(steps, success_at)
         end = (bool(recorded.terminations[-1]), succeeded)
-        yield Trajectory(obs, recorded.actions, recorded.rewards, *end)
+        yield Trajectory(np.array(flat), recorded.actions, recorded.rewards, *end)
 
 
 # Run folder
@@ -787,9 +772,6 @@ class Run:
         name = f"{args.env_id}__{METHOD}__{args.seed}__{moment}-{os.getpid()}"
         name = name.replace("/", "-").replace(":", "-")
         self.folder = args.resume or Path("runs") / name
-        self.script = f"python {METHOD}.py"
-        if NUM_RANKS > 1:
-            self.script = f"torchrun --nproc-per-node={NUM_RANKS} {METHOD}.py"
         self.args = args
         self.learner = learner
         self.rows = []
@@ -798,22 +780,12 @@ class Run:
         self.episodes = []
         self.start_time = time.time()
 
-    def open(self, step, critic_updates):
-        """Makes the folder, a first checkpoint, the trackers and the progress bar."""
-        args = self.args
-        if RANK == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            evaluation = f"python {METHOD}.py --evaluate {self.folder}/policy.pt"
-            atexit.register(print, f"{self.script} --resume {self.folder}\n{evaluation}")
-            if args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                self.writer = SummaryWriter(str(self.folder))
-            if args.track:
-                import wandb
-                options = {"config": asdict(args), "dir": self.folder, "resume": "allow"}
-                self.wandb = wandb.init(id=self.folder.name, **options)
-        self.bar = progress(total=args.total_timesteps, initial=step, unit="step", leave=True)
-        self.save_checkpoint(step, critic_updates)
+    def open(self, step):
+        """Starts the progress bar, and sees to it that the end says what to type next."""
+        resume = f"python {METHOD}.py --resume {self.folder}"
+        evaluate = f"python {METHOD}.py --evaluate {self.folder}/policy.pt"
+        atexit.register(print, f"{resume}\n{evaluate}")
+        self.bar = progress(total=self.args.total_timesteps, initial=step, unit="step")
 
     def record(self, values):
         """Adds to the means of the next row."""
@@ -823,7 +795,6 @@ class Run:
 
     def record_episode(self, episode):
         self.record({"charts/episodic_return": episode.rewards.sum()})
-        self.record({"charts/episodic_length": len(episode.rewards)})
         self.episodes.append(episode)
         success = mean_success(self.episodes)
         self.bar.set_postfix(success=f"{success:.2f}", refresh=False)
@@ -837,81 +808,62 @@ class Run:
         if self.episodes:
             means["charts/success"] = mean_success(self.episodes)
         seconds = round(time.time() - self.start_time, 1)
-        self.rows.append({"global_step": step, "seconds": seconds} | means)
+        row = {"global_step": step, "seconds": seconds}
+        self.rows.append(row | means)
         for gathered in (self.sums, self.counts, self.episodes):
             gathered.clear()
-        if RANK == 0:
-            with open(self.folder / "metrics.csv", "w") as file:
-                writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*self.rows)))
-                writer.writeheader()
-                writer.writerows(self.rows)
-            if self.args.tensorboard:
-                for name, value in means.items():
-                    self.writer.add_scalar(name, value, step)
-            if self.args.track:
-                self.wandb.log(means, step=step)
+        with open(self.folder / "metrics.csv", "w") as file:
+            names = dict.fromkeys(itertools.chain(*self.rows))
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
         for name, value in means.items():  # gradient_step kept it from the weights
             lost = name.startswith("losses/") and not math.isfinite(value)
             require(not lost, f"{name} became NaN or infinite")
 
-    def evaluate_and_save(self, step, critic_updates):
-        """Evaluates single samples and, once the critics have learned online, the best of n."""
-        n = self.args.best_of_n
-        policy = self.learner["policy"]
-        critic = self.learner["target_critic"]
-        if RANK == 0:
-            where = (self.folder, f"step {step}")
-            metrics = evaluate(policy, critic, self.args, 1, *where)
-            self.record({"eval/ode_success": metrics["eval/success"]})
-            if step > 0 and n > 1:
-                metrics = evaluate(policy, critic, self.args, n, *where)
-            self.record(metrics)
-        self.write_row(step)
-        networks = {"policy": policy.state_dict(), "critic": critic.state_dict()}
+    def save(self, step, critic_updates):
+        """Writes the clone, or the policy so far, and the checkpoint."""
+        states = {name: part.state_dict() for name, part in self.learner.items()}
+        networks = {"policy": states["policy"], "critic": states["target_critic"]}
+        self.folder.mkdir(parents=True, exist_ok=True)
         save_file(self.folder / "policy.pt", self.args, networks)
         if step == 0:
             save_file(self.folder / "clone.pt", self.args, networks)
-        self.save_checkpoint(step, critic_updates)
-
-    def save_checkpoint(self, step, critic_updates):
-        ranks = [None] * NUM_RANKS
-        ranks[RANK] = {name: part.state_dict() for name, part in self.learner.items()}
-        if NUM_RANKS > 1:
-            gathered = ranks if RANK == 0 else None
-            dist.gather_object(ranks[RANK], gathered)
-        content = {"script": self.script, "rows": self.rows, "ranks": ranks}
+        content = {"method": METHOD, "rows": self.rows, "learner": states}
         content |= {"step": step, "critic_updates": critic_updates}
+        content |= {"sums": dict(self.sums), "counts": dict(self.counts)}
+        content["seconds"] = time.time() - self.start_time
         save_file(self.folder / "checkpoint.pt", self.args, content)
 
     def load_checkpoint(self):
-        """Loads all but the settings of optimisers, which the command line may have changed.
-        Returns: step, critic_updates. Raises: UserError."""
+        """Loads all but optimisers' settings, which may be typed. Returns: step, critic_updates."""
         _, content = read_file(self.folder / "checkpoint.pt")
-        script = content["script"]
-        require(script == self.script, f"this run goes on by {script} --resume {self.folder}")
+        method = content["method"]
+        require(method == METHOD, f"this run goes on by python {method}.py --resume {self.folder}")
         with explained(f"{self.folder} does not fit these arguments"):
-            for name, state in content["ranks"][RANK].items():
+            for name, state in content["learner"].items():
                 part = self.learner[name]
                 if "optimizer" in name:
                     state["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state)
         self.rows = content["rows"]
-        if self.rows:
-            self.start_time -= self.rows[-1]["seconds"]
+        self.sums.update(content["sums"])
+        self.counts.update(content["counts"])
+        self.start_time -= content["seconds"]
         return content["step"], content["critic_updates"]
 
 
 def save_file(path, args, content):
-    """On rank 0, writes content and arguments; an older file stays until the new one is whole."""
-    if RANK == 0:
-        saved = asdict(replace(args, resume=None, evaluate=None))
-        data = io.BytesIO()
-        torch.save({"args": saved} | content, data)
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            file.write(data.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
+    """Writes content and arguments; an older file stays until the new one is whole."""
+    saved = asdict(replace(args, resume=None, evaluate=None))
+    data = io.BytesIO()
+    torch.save({"args": saved} | content, data)
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "wb") as file:
+        file.write(data.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 def read_file(path):
@@ -929,16 +881,17 @@ def load_policy(path, args=None, make_networks=make_networks):
     """Returns: arguments, those given or the file's own, policy and critic. Raises: UserError."""
     saved, content = read_file(path)
     args = args or saved
-    envs = Environments(args, first_seed=0, num_envs=1)
-    policy, critic = make_networks(args, envs.obs_space, envs.action_dim)
-    envs.close()
+    require("policy" in content, f"{path} is no policy: take policy.pt or clone.pt")
+    env = Environment(args, first_seed=0)
+    env.close()
+    policy, critic = make_networks(args, env.obs_space, env.action_dim)
     with explained(f"{path} does not fit these arguments"):
         policy.load_state_dict(content["policy"])
         critic.load_state_dict(content["critic"])
     return args, policy, critic
 
 
-# Precision and processes
+# Precision and optimisers
 def mixed_precision(args, device):
     """bfloat16 for matrix products, where the hardware has it."""
     able = CPU_BF16
@@ -951,12 +904,12 @@ def gradient_step(optimizer, loss):
     """A step of any optimiser. Entries of the gradient that are not finite count as 0, but show in
     its norm, so that the next row of metrics ends the run. Returns: the norm."""
     optimizer.zero_grad()
-    (loss / NUM_RANKS).backward()
+    loss.backward()
     gradients = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                gradients.append(over_ranks(parameter.grad, dist.ReduceOp.SUM))
+                gradients.append(parameter.grad)
     norm = nn.utils.get_total_norm(gradients)
     for gradient in gradients:
         gradient.nan_to_num_(0.0, 0.0, 0.0)
@@ -967,26 +920,8 @@ def gradient_step(optimizer, loss):
 @torch.no_grad()
 def move_towards(average, network, rate):
     """A Polyak step of average's parameters."""
-    averages = list(average.parameters())
-    torch._foreach_lerp_(averages, list(network.parameters()), rate)
-
-
-def start_process():
-    """Connects the ranks of torchrun. Returns: the device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if NUM_RANKS > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)
-    return device
-
-
-def over_ranks(tensor, how):
-    """Reduces in place over the ranks, by a dist.ReduceOp. Returns: the tensor."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, how)
-    return tensor
+    for old, new in zip(average.parameters(), network.parameters()):
+        old.lerp_(new, rate)
 
 
 # Command line
@@ -1005,25 +940,22 @@ def explained(what):
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what}: {error}") from error
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}, "
+        raise UserError(f"{what}: {kind}{error}") from error
 
 
 def check(args):
     """Raises: UserError for arguments no run can work with."""
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            option = f"--{name.replace('_', '-')}"
             least = 0 if name in MAY_BE_ZERO else 1e-9
-            require(least <= value < 2**31, f"{option} {value} is out of range.")
+            require(least <= value < 2**31, f"--{name.replace('_', '-')} {value} is out of range.")
     require(args.gamma <= 1, "--gamma must not be above 1.")
     require(args.tau <= 1, "--tau must not be above 1.")
     require(2 <= args.batch_size <= args.buffer_size, "--batch-size: from 2 to --buffer-size.")
     check_method(args)
-    packages = {"tensorboard": "tensorboard", "track": "wandb", "capture_video": "moviepy"}
-    for name, package in packages.items():
-        usable = not vars(args)[name] or importlib.util.find_spec(package)
-        option = f"--{name.replace('_', '-')}"
-        require(usable, f"{option} needs pip install {package}.")
+    if args.capture_video:
+        require(importlib.util.find_spec("moviepy"), "--capture-video needs pip install moviepy.")
 
 
 def main(make_networks=make_networks):
@@ -1036,15 +968,17 @@ def main(make_networks=make_networks):
             file = args.resume / "checkpoint.pt"
         if file:  # its arguments are the defaults, typed ones win
             saved, _ = read_file(file)
-            if args.evaluate:
-                saved = replace(saved, tensorboard=False, track=False, capture_video=False)
             args = tyro.cli(Args, default=saved)
+        if args.resume:
+            for name in ("env_id", "dataset", "num_demos", "policy"):
+                before = getattr(saved, name)
+                require(getattr(args, name) == before, f"This run has {name} {before}.")
         check(args)
-        torch.set_num_threads(args.torch_threads or torch.get_num_threads())
+        torch.set_num_threads(args.torch_threads or min(4, torch.get_num_threads()))
         if not args.evaluate:
             return train(args, make_networks)
         _, policy, critic = load_policy(args.evaluate, args, make_networks)
-        evaluate(policy, critic, args, args.best_of_n, args.evaluate.parent, args.env_id)
+        evaluate(policy, critic, args, args.best_of_n, args.evaluate.parent, args.evaluate.stem)
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, MemoryError) as error:
