@@ -62,7 +62,7 @@ class Args:
     # task and data
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
     dataset: str = "demos"  # file.npz, Minari id, none, or demos: the task's file in demos/
-    num_demos: int | None = None  # episodes of the dataset, drawn by --seed (default: all)
+    num_demos: int | None = None  # most episodes of the dataset, drawn by --seed (default: all)
     success_at: Literal["end", "any"] = "end"  # an episode succeeds by its last step, or by any
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
@@ -240,15 +240,15 @@ def chain_step(policy, features: Tensor, x: Tensor, t: Tensor, sigma: float):
 
 @torch.no_grad()
 def sample_chain(policy, features: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """The denoising chain x_0, ..., x_K of the stochastic sampler (sigma 0: the ODE's, no density).
-    Returns: chain (K + 1, B, D), its chain_log_prob (B,)."""
+    """The stochastic sampler's x_0, ..., x_K. Returns: chain (K + 1, B, D), chain_log_prob (B,)."""
     x = torch.randn(len(features), policy.chunk_dim, device=features.device)
     chain = [x]
     log_probs = []
     for k in range(policy.flow_steps):
         t = torch.full_like(x[:, :1], k / policy.flow_steps)
         step = chain_step(policy, features, x, t, sigma)
-        x = step.mean + step.stddev * torch.randn_like(step.mean)  # .sample() would wait for a GPU
+        noise = torch.randn_like(step.mean)  # .sample() would wait for a GPU
+        x = step.mean + step.stddev * noise
         chain.append(x)
         log_probs.append(step.log_prob(x).mean(1))
     log_prob = torch.stack(log_probs).mean(0)
@@ -286,7 +286,8 @@ def chi2_penalised_q(q: Tensor, ratio: Tensor, coef: float, sharpness: float) ->
     w = sigmoid(sharpness (ratio - 1)). Args: q (M, S, G); ratio to slow (S, G). Returns: (S, G)."""
     weight = torch.sigmoid(sharpness * (ratio - 1))
     pessimistic = (1 - weight) * q.mean(0) + weight * q.amin(0)
-    return pessimistic - coef * q.std(0, correction=0) * ratio
+    penalty = coef * q.std(0, correction=0) * ratio
+    return pessimistic - penalty
 
 
 def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_epsilon: float):
@@ -294,7 +295,8 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_eps
     exp(log_prob - old_log_prob). Args: all (...,). Returns: a scalar, metrics."""
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
-    loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    loss = -surrogate.mean()
     outside = (ratio.detach() - 1).abs() > clip_epsilon
     return loss, {"losses/clip_fraction": outside.float().mean()}
 
@@ -358,7 +360,8 @@ def update_policy(
         with torch.no_grad(), mixed_precision(args, device):
             slow_features = slow_policy.encode(obs).repeat_interleave(G, dim=0)
             slow_log_prob = chain_log_prob(slow_policy, slow_features, chain, args.sigma)
-            ratio = (log_prob - slow_log_prob).exp().view(-1, G)
+            ratio = (log_prob - slow_log_prob).exp()
+            ratio = ratio.view(-1, G)
             value = chi2_penalised_q(q, ratio, args.chi2_coef, args.chi2_sharpness)
             shift = value - q.mean(0)
             q = q + shift  # the same for all critics
@@ -376,7 +379,8 @@ def update_policy(
         metrics["losses/bc_loss"] = bc_loss.detach()
     metrics["losses/actor_grad_norm"] = gradient_step(optimizer, loss)
     metrics["losses/actor_loss"] = loss.detach()
-    metrics["losses/zero_advantages"] = (advantage == 0).float().mean()
+    is_zero = advantage == 0
+    metrics["losses/zero_advantages"] = is_zero.float().mean()
     metrics["losses/group_q_std"] = spread
 
     move_towards(old_policy, policy, args.policy_tau)
@@ -470,9 +474,8 @@ def train(args: Args, make_networks=make_networks):
         run.save(step, critic_updates)
     run.open(step)
     if not run.rows:  # single samples: so far, the critics know demonstrations alone
-        metrics = evaluate(policy, target_critic, args, 1, run.folder, "clone")
-        run.record(metrics)
-        run.write_row(step)
+        metrics = evaluate(policy, target_critic, replace(args, best_of_n=1), run.folder, "clone")
+        run.write_row(step, metrics)
 
     # online: act, store, learn; then evaluate
     run.bar.unpause()  # its rate is that of what follows
@@ -516,15 +519,13 @@ def train(args: Args, make_networks=make_networks):
                         )
                         run.record(metrics)
             if step % args.log_interval == 0 and step < stop:
-                run.write_row(step)
+                run.write_row(step, {})
 
         # the unfinished episode is kept as far as it got; a resumed run begins anew here, too
         for episode in env.close():
             buffer.add(episode)
-        n = args.best_of_n
-        metrics = evaluate(policy, target_critic, args, n, run.folder, f"step {step}")
-        run.record(metrics)
-        run.write_row(step)
+        metrics = evaluate(policy, target_critic, args, run.folder, f"step {step}")
+        run.write_row(step, metrics)
         run.save(step, critic_updates)
 
 
@@ -545,6 +546,7 @@ class Batch(NamedTuple):
     reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
     next_obs: Tensor  # (B, O) after the last valid step
     terminated: Tensor  # (B,) 1 if that step terminated
+    kept: Tensor  # (B,) 0 if the episode failed, 1 also if that is not reported
     valid: Tensor  # (B, T) 1 up to the episode's end
 
 
@@ -555,7 +557,7 @@ class ReplayBuffer:
         self.capacity = capacity
         self.chunk_size = args.chunk_size
         self.gamma = args.gamma
-        self.widths = [env.action_dim, 1, 1, 1]  # action, reward, whether its end terminates, left
+        self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, its end terminates, kept, left
         obs = np.zeros((capacity, *env.obs_space.shape), env.obs_space.dtype)
         steps = np.zeros((capacity, sum(self.widths)), np.float32)
         self.obs = torch.from_numpy(obs).to(device)
@@ -574,8 +576,10 @@ class ReplayBuffer:
     def add(self, episode):
         """Writes an episode over the oldest rows, of one longer than the buffer its end."""
         left = np.arange(len(episode.rewards), 0, -1)
-        terminates = np.full(len(left), episode.terminated)
-        steps = np.column_stack([episode.actions, episode.rewards, terminates, left])
+        ones = np.ones(len(left))
+        terminates = ones * episode.terminated
+        kept = ones * (episode.success != 0)
+        steps = np.column_stack([episode.actions, episode.rewards, terminates, kept, left])
         steps = np.pad(steps, ((0, 1), (0, 0)))  # the row of the last observation
 
         obs = torch.as_tensor(episode.obs[-self.capacity :])
@@ -593,8 +597,8 @@ class ReplayBuffer:
         start = starts[torch.randint(len(starts), (batch_size,), device=device)]
         i = torch.arange(self.chunk_size, device=device)
         rows = (start[:, None] + i) % self.capacity
-        steps = self.steps[rows]  # (B, T, A + 3)
-        actions, rewards, terminates, left = steps.split(self.widths, dim=2)
+        steps = self.steps[rows]  # (B, T, A + 4)
+        actions, rewards, terminates, kept, left = steps.split(self.widths, dim=2)
         left = left[:, 0]  # (B, 1)
         valid = (i < left).float()  # (B, T)
         filler = actions.roll(1, dims=0)  # of another window: after the end, all are worth the same
@@ -604,7 +608,8 @@ class ReplayBuffer:
         reaches_end = left[:, 0] <= self.chunk_size
         terminated = terminates[:, 0, 0] * reaches_end
         after = (start + valid.sum(1).long()) % self.capacity
-        return Batch(self.obs[start], chunk, reward, self.obs[after], terminated, valid)
+        next_obs = self.obs[after]
+        return Batch(self.obs[start], chunk, reward, next_obs, terminated, kept[:, 0, 0], valid)
 
     def state_dict(self):
         return {
@@ -641,7 +646,7 @@ def fit_normalizers(networks, buffer):
 def fit_reward_scale(critic, target_critic, buffer):
     """Sets the critics' reward scale by the first rewards there are, and keeps it."""
     if critic.reward_scale == 0:
-        largest = buffer.steps[:, -3].abs().max()
+        largest = buffer.steps[:, -4].abs().max()
         scale = (1 / largest).nan_to_num(posinf=0.0)
         critic.reward_scale.copy_(scale)
         target_critic.reward_scale.copy_(scale)
@@ -748,9 +753,9 @@ def mean_success(episodes):
     return float(np.nan_to_num(successes).mean())
 
 
-def evaluate(policy, critic, args, best_of_n, folder, title):
+def evaluate(policy, critic, args, folder, title):
     """Runs episodes of the seeds 0, 1, ... with the best of n. Returns: metrics."""
-    title = f"{title}, best of {best_of_n}"
+    title = f"{title}, best of {args.best_of_n}"
     options = {}
     if args.capture_video:
         options = {"render_mode": "rgb_array", "videos": folder / "videos" / title}
@@ -759,14 +764,14 @@ def evaluate(policy, critic, args, best_of_n, folder, title):
     episodes = []
     while env.seed < args.eval_episodes:
         if not env.chunk:
-            env.set_chunk(choose_chunk(policy, critic, env.observation(), best_of_n))
+            env.set_chunk(choose_chunk(policy, critic, env.observation(), args.best_of_n))
         episodes += env.step()
     env.close()
     require(episodes, f"{args.env_id}: no episode of the evaluation is usable")
 
     success = mean_success(episodes)
     returns = [episode.rewards.sum() for episode in episodes]
-    mean_return = np.mean(returns)
+    mean_return = float(np.mean(returns))
     result = f"success {success:.2f}, mean return {mean_return:.1f}, {len(episodes)} episodes"
     tqdm.write(f"{title}: {result}")
     return {"eval/success": success, "eval/return": mean_return}
@@ -799,15 +804,11 @@ def load_demonstrations(args, env):
                 require(np.isfinite(column).all(), f"{where} has NaN or infinity")
             actions = actions.reshape(n, -1).clip(-1, 1)
             episodes.append(Trajectory(obs, actions, rewards.reshape(n), *end))
-        total = len(episodes)
-        wanted = args.num_demos or total
-        require(wanted <= total, f"it has {total} episodes, --num-demos is {wanted}")
-        longest = max(len(episode.rewards) for episode in episodes)
-        require(longest >= args.chunk_size, f"no episode lasts a chunk of {args.chunk_size} steps")
-    order = np.random.default_rng(args.seed).permutation(total)
-    demos = [episodes[i] for i in sorted(order[:wanted])]
-    success = mean_success(demos)
-    tqdm.write(f"demonstrations: {wanted} of {total} episodes, success {success:.2f}")
+        long = [episode for episode in episodes if len(episode.rewards) >= args.chunk_size]
+        require(long, f"no episode lasts a chunk of {args.chunk_size} steps")
+    order = np.random.default_rng(args.seed).permutation(len(episodes))
+    demos = [episodes[i] for i in sorted(order[: args.num_demos])]
+    tqdm.write(f"demonstrations: {len(demos)} episodes, success {mean_success(demos):.2f}")
     return demos
 
 
@@ -899,9 +900,9 @@ class Run:
         success = mean_success(self.episodes)
         self.bar.set_postfix(success=f"{success:.2f}", refresh=False)
 
-    def write_row(self, step):
-        """Adds a row of means to metrics.csv. Raises: UserError if a loss was not finite."""
-        means = {}
+    def write_row(self, step, means):
+        """Adds a row to metrics.csv: means, and those of what was recorded since the last row.
+        Raises: UserError if a loss was not finite."""
         for name, total in self.sums.items():
             means[name] = float(total) / self.counts[name]
         means["charts/buffer_size"] = len(self.learner["buffer"])
@@ -1001,8 +1002,7 @@ def mixed_precision(args, device):
 
 
 def gradient_step(optimizer, loss):
-    """A step of any optimiser. Entries of the gradient that are not finite count as 0, but show in
-    its norm, so that the next row of metrics ends the run. Returns: the norm."""
+    """A step of any optimiser, without what is not finite. Returns: the norm, with all of it."""
     optimizer.zero_grad()
     loss.backward()
     gradients = []
@@ -1078,7 +1078,7 @@ def main(make_networks=make_networks):
         if not args.evaluate:
             return train(args, make_networks)
         _, policy, critic = load_policy(args.evaluate, args, make_networks)
-        evaluate(policy, critic, args, args.best_of_n, args.evaluate.parent, args.evaluate.stem)
+        evaluate(policy, critic, args, args.evaluate.parent, args.evaluate.stem)
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, MemoryError) as error:

@@ -62,7 +62,7 @@ class Args:
     # task and data
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
     dataset: str = "demos"  # file.npz, Minari id, none, or demos: the task's file in demos/
-    num_demos: int | None = None  # episodes of the dataset, drawn by --seed (default: all)
+    num_demos: int | None = None  # most episodes of the dataset, drawn by --seed (default: all)
     success_at: Literal["end", "any"] = "end"  # an episode succeeds by its last step, or by any
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
@@ -88,6 +88,7 @@ class Args:
     temperature: float | None = None  # eta, in units of Q (default: from --effective-samples)
     posterior_coef: float = 1.0  # beta, weight of the posterior term
     clip_threshold: float | None = None  # zeta, of candidates' L_BC (default: batch's 0.9 quantile)
+    anchor: Literal["kept", "all"] = "kept"  # M-step clones demonstrations, successes; or all steps
     # evaluation
     eval_interval: int = 2_500  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
@@ -282,6 +283,9 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
         candidate_losses = policy.bc_loss(candidate_features, candidates).view(q.shape)
         bc_losses = policy.bc_loss(features, batch.chunk, batch.valid)
     clip_threshold = args.clip_threshold or bc_losses.detach().quantile(0.9)
+    if args.anchor == "kept":  # all, where nothing is to be kept
+        kept = torch.where(batch.kept.any(), batch.kept, 1.0)
+        bc_losses = bc_losses * kept / kept.mean()
     loss = poco_loss(candidate_losses, weights, bc_losses, args.posterior_coef, clip_threshold)
     grad_norm = gradient_step(optimizer, loss)
     return {
@@ -350,7 +354,7 @@ def train(args: Args, make_networks=make_networks):
     num_rows = sum(len(demo.obs) for demo in demos)
     demo_buffer = ReplayBuffer(args, env, num_rows, device)
     for demo in demos:
-        demo_buffer.add(demo)
+        demo_buffer.add(demo._replace(success=1.0))  # all are worth cloning
 
     networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
     optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
@@ -377,9 +381,8 @@ def train(args: Args, make_networks=make_networks):
         run.save(step, critic_updates)
     run.open(step)
     if not run.rows:  # single samples: so far, the critics know demonstrations alone
-        metrics = evaluate(policy, target_critic, args, 1, run.folder, "clone")
-        run.record(metrics)
-        run.write_row(step)
+        metrics = evaluate(policy, target_critic, replace(args, best_of_n=1), run.folder, "clone")
+        run.write_row(step, metrics)
 
     # online: act, store, learn; then evaluate
     run.bar.unpause()  # its rate is that of what follows
@@ -416,15 +419,13 @@ def train(args: Args, make_networks=make_networks):
                         metrics = policy_step(policy, target_critic, policy_optimizer, batch, args)
                         run.record(metrics)
             if step % args.log_interval == 0 and step < stop:
-                run.write_row(step)
+                run.write_row(step, {})
 
         # the unfinished episode is kept as far as it got; a resumed run begins anew here, too
         for episode in env.close():
             buffer.add(episode)
-        n = args.best_of_n
-        metrics = evaluate(policy, target_critic, args, n, run.folder, f"step {step}")
-        run.record(metrics)
-        run.write_row(step)
+        metrics = evaluate(policy, target_critic, args, run.folder, f"step {step}")
+        run.write_row(step, metrics)
         run.save(step, critic_updates)
 
 
@@ -445,6 +446,7 @@ class Batch(NamedTuple):
     reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
     next_obs: Tensor  # (B, O) after the last valid step
     terminated: Tensor  # (B,) 1 if that step terminated
+    kept: Tensor  # (B,) 0 if the episode failed, 1 also if that is not reported
     valid: Tensor  # (B, T) 1 up to the episode's end
 
 
@@ -455,7 +457,7 @@ class ReplayBuffer:
         self.capacity = capacity
         self.chunk_size = args.chunk_size
         self.gamma = args.gamma
-        self.widths = [env.action_dim, 1, 1, 1]  # action, reward, whether its end terminates, left
+        self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, its end terminates, kept, left
         obs = np.zeros((capacity, *env.obs_space.shape), env.obs_space.dtype)
         steps = np.zeros((capacity, sum(self.widths)), np.float32)
         self.obs = torch.from_numpy(obs).to(device)
@@ -474,8 +476,10 @@ class ReplayBuffer:
     def add(self, episode):
         """Writes an episode over the oldest rows, of one longer than the buffer its end."""
         left = np.arange(len(episode.rewards), 0, -1)
-        terminates = np.full(len(left), episode.terminated)
-        steps = np.column_stack([episode.actions, episode.rewards, terminates, left])
+        ones = np.ones(len(left))
+        terminates = ones * episode.terminated
+        kept = ones * (episode.success != 0)
+        steps = np.column_stack([episode.actions, episode.rewards, terminates, kept, left])
         steps = np.pad(steps, ((0, 1), (0, 0)))  # the row of the last observation
 
         obs = torch.as_tensor(episode.obs[-self.capacity :])
@@ -493,8 +497,8 @@ class ReplayBuffer:
         start = starts[torch.randint(len(starts), (batch_size,), device=device)]
         i = torch.arange(self.chunk_size, device=device)
         rows = (start[:, None] + i) % self.capacity
-        steps = self.steps[rows]  # (B, T, A + 3)
-        actions, rewards, terminates, left = steps.split(self.widths, dim=2)
+        steps = self.steps[rows]  # (B, T, A + 4)
+        actions, rewards, terminates, kept, left = steps.split(self.widths, dim=2)
         left = left[:, 0]  # (B, 1)
         valid = (i < left).float()  # (B, T)
         filler = actions.roll(1, dims=0)  # of another window: after the end, all are worth the same
@@ -504,7 +508,8 @@ class ReplayBuffer:
         reaches_end = left[:, 0] <= self.chunk_size
         terminated = terminates[:, 0, 0] * reaches_end
         after = (start + valid.sum(1).long()) % self.capacity
-        return Batch(self.obs[start], chunk, reward, self.obs[after], terminated, valid)
+        next_obs = self.obs[after]
+        return Batch(self.obs[start], chunk, reward, next_obs, terminated, kept[:, 0, 0], valid)
 
     def state_dict(self):
         return {
@@ -541,7 +546,7 @@ def fit_normalizers(networks, buffer):
 def fit_reward_scale(critic, target_critic, buffer):
     """Sets the critics' reward scale by the first rewards there are, and keeps it."""
     if critic.reward_scale == 0:
-        largest = buffer.steps[:, -3].abs().max()
+        largest = buffer.steps[:, -4].abs().max()
         scale = (1 / largest).nan_to_num(posinf=0.0)
         critic.reward_scale.copy_(scale)
         target_critic.reward_scale.copy_(scale)
@@ -648,9 +653,9 @@ def mean_success(episodes):
     return float(np.nan_to_num(successes).mean())
 
 
-def evaluate(policy, critic, args, best_of_n, folder, title):
+def evaluate(policy, critic, args, folder, title):
     """Runs episodes of the seeds 0, 1, ... with the best of n. Returns: metrics."""
-    title = f"{title}, best of {best_of_n}"
+    title = f"{title}, best of {args.best_of_n}"
     options = {}
     if args.capture_video:
         options = {"render_mode": "rgb_array", "videos": folder / "videos" / title}
@@ -659,14 +664,14 @@ def evaluate(policy, critic, args, best_of_n, folder, title):
     episodes = []
     while env.seed < args.eval_episodes:
         if not env.chunk:
-            env.set_chunk(choose_chunk(policy, critic, env.observation(), best_of_n))
+            env.set_chunk(choose_chunk(policy, critic, env.observation(), args.best_of_n))
         episodes += env.step()
     env.close()
     require(episodes, f"{args.env_id}: no episode of the evaluation is usable")
 
     success = mean_success(episodes)
     returns = [episode.rewards.sum() for episode in episodes]
-    mean_return = np.mean(returns)
+    mean_return = float(np.mean(returns))
     result = f"success {success:.2f}, mean return {mean_return:.1f}, {len(episodes)} episodes"
     tqdm.write(f"{title}: {result}")
     return {"eval/success": success, "eval/return": mean_return}
@@ -699,15 +704,11 @@ def load_demonstrations(args, env):
                 require(np.isfinite(column).all(), f"{where} has NaN or infinity")
             actions = actions.reshape(n, -1).clip(-1, 1)
             episodes.append(Trajectory(obs, actions, rewards.reshape(n), *end))
-        total = len(episodes)
-        wanted = args.num_demos or total
-        require(wanted <= total, f"it has {total} episodes, --num-demos is {wanted}")
-        longest = max(len(episode.rewards) for episode in episodes)
-        require(longest >= args.chunk_size, f"no episode lasts a chunk of {args.chunk_size} steps")
-    order = np.random.default_rng(args.seed).permutation(total)
-    demos = [episodes[i] for i in sorted(order[:wanted])]
-    success = mean_success(demos)
-    tqdm.write(f"demonstrations: {wanted} of {total} episodes, success {success:.2f}")
+        long = [episode for episode in episodes if len(episode.rewards) >= args.chunk_size]
+        require(long, f"no episode lasts a chunk of {args.chunk_size} steps")
+    order = np.random.default_rng(args.seed).permutation(len(episodes))
+    demos = [episodes[i] for i in sorted(order[: args.num_demos])]
+    tqdm.write(f"demonstrations: {len(demos)} episodes, success {mean_success(demos):.2f}")
     return demos
 
 
@@ -799,9 +800,9 @@ class Run:
         success = mean_success(self.episodes)
         self.bar.set_postfix(success=f"{success:.2f}", refresh=False)
 
-    def write_row(self, step):
-        """Adds a row of means to metrics.csv. Raises: UserError if a loss was not finite."""
-        means = {}
+    def write_row(self, step, means):
+        """Adds a row to metrics.csv: means, and those of what was recorded since the last row.
+        Raises: UserError if a loss was not finite."""
         for name, total in self.sums.items():
             means[name] = float(total) / self.counts[name]
         means["charts/buffer_size"] = len(self.learner["buffer"])
@@ -901,8 +902,7 @@ def mixed_precision(args, device):
 
 
 def gradient_step(optimizer, loss):
-    """A step of any optimiser. Entries of the gradient that are not finite count as 0, but show in
-    its norm, so that the next row of metrics ends the run. Returns: the norm."""
+    """A step of any optimiser, without what is not finite. Returns: the norm, with all of it."""
     optimizer.zero_grad()
     loss.backward()
     gradients = []
@@ -978,7 +978,7 @@ def main(make_networks=make_networks):
         if not args.evaluate:
             return train(args, make_networks)
         _, policy, critic = load_policy(args.evaluate, args, make_networks)
-        evaluate(policy, critic, args, args.best_of_n, args.evaluate.parent, args.evaluate.stem)
+        evaluate(policy, critic, args, args.evaluate.parent, args.evaluate.stem)
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError, MemoryError) as error:

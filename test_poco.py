@@ -78,7 +78,7 @@ def test_common_arguments_have_the_same_order_type_default_and_comment():
 
 
 def test_a_file_can_be_read_in_one_sitting():
-    longest = {"test_poco.py": 1330, "README.md": 200, "speed.py": 300}
+    longest = {"test_poco.py": 1345, "README.md": 200, "speed.py": 300}
     for script, (lines, end_of_train) in LIMITS.items():
         longest[Path(script.__file__).name] = lines
         body = ast.parse(Path(script.__file__).read_text()).body
@@ -288,10 +288,14 @@ def random_batch(n, obs_dim, action_dim, chunk_size):
     valid = (torch.arange(chunk_size) < torch.randint(1, chunk_size + 1, (n, 1))).float()
     obs, next_obs = torch.randn(2, n, obs_dim)
     chunk = torch.rand(n, chunk_size * action_dim) * 2 - 1
-    return Batch(obs, chunk, torch.randn(n), next_obs, torch.zeros(n), valid)
+    kept = (torch.arange(n) % 3 > 0).float()
+    return Batch(obs, chunk, torch.randn(n), next_obs, torch.zeros(n), kept, valid)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.2, "clip_threshold": 0.9, "posterior_coef": 0.5}])
+FIXED = {"temperature": 0.2, "clip_threshold": 0.9, "posterior_coef": 0.5, "anchor": "all"}
+
+
+@pytest.mark.parametrize("settings", [{}, FIXED])
 def test_poco_s_update_as_a_whole(settings):
     """The random numbers drawn again in their order, everything else in NumPy."""
     args = Args(num_candidates=4, posterior_batch_size=3, chunk_size=2, flow_steps=3, **settings)
@@ -312,12 +316,24 @@ def test_poco_s_update_as_a_whole(settings):
     losses = numpy_bc_losses(policy, obs, candidates, np.ones((12, 1)), x_0, t).reshape(3, 4)
     bc = numpy_bc_losses(policy, *doubles(batch.obs, batch.chunk, batch.valid), *batch_drawn)
     zeta = args.clip_threshold or np.quantile(bc, 0.9)
+    bc = bc if settings else bc[batch.kept > 0]
     expected = args.posterior_coef * (weights * np.minimum(losses, zeta)).sum(1).mean() + bc.mean()
     assert metrics["losses/actor_loss"].item() == pytest.approx(expected, rel=1e-4)
     assert metrics["losses/bc_loss"].item() == pytest.approx(bc.mean(), rel=1e-4)
     assert metrics["losses/clip_fraction"].item() == pytest.approx((losses > zeta).mean())
     samples = (1 / (weights**2).sum(1)).mean()
     assert metrics["losses/effective_samples"].item() == pytest.approx(samples, rel=1e-3)
+
+
+def test_a_batch_in_which_everything_failed_is_cloned_as_a_whole():
+    policy, critic, batch = FlowPolicy(3, 4), CriticEnsemble(3, 4, 2), random_batch(16, 3, 2, 2)
+    optimizer, losses = torch.optim.SGD(policy.parameters(), lr=0.0), []
+    for kept in (0.0, 1.0):
+        torch.manual_seed(0)
+        args = Args(num_candidates=2, posterior_batch_size=4, chunk_size=2)
+        failed = batch._replace(kept=torch.full((16,), kept))
+        losses.append(poco.update_policy(policy, critic, optimizer, failed, args)["losses/actor_loss"])
+    assert losses[0] == losses[1]
 
 
 def test_every_state_of_a_batch_gets_its_turn_in_the_e_step():
@@ -499,7 +515,7 @@ def test_next_chunk_samples_average_the_td_target(n, how, variance):
     critic.weight.data, target.weight.data = torch.zeros(1, 1), torch.ones(1, 1)
     policy = mock.Mock(encode=lambda obs: obs, sample=lambda obs: torch.randn(len(obs), 1))
     zeros, column, optimizer = torch.zeros(4000), torch.zeros(4000, 1), torch.optim.SGD(critic.parameters())
-    batch = Batch(column, column, zeros, column, zeros, 1 + column)
+    batch = Batch(column, column, zeros, column, zeros, zeros, 1 + column)
     args = ogpo.Args(next_samples=n, next_reduction=how, chunk_size=1, gamma=1.0)
     metrics = ogpo.update_critic(policy, critic, target, optimizer, batch, args)
     assert metrics["losses/qf_loss"].item() == pytest.approx(variance, rel=0.1)
@@ -511,7 +527,7 @@ def test_td_target_and_windows_on_a_hand_made_episode(terminated):
     """Window 0 ends inside the episode, window 1 at its end, windows 2 and 3 are padded."""
     buffer = make_buffer(10, 1, 1, chunk_size=3)
     steps = np.arange(5.0)[:, None], np.arange(1.0, 5)[:, None] / 10, np.array([1.0, 2.0, 4.0, 8.0])
-    buffer.add(Trajectory(*steps, terminated, 0.0))
+    buffer.add(Trajectory(*steps, terminated, {True: 0.0, False: np.nan}[terminated]))
     drawn = buffer.sample(200)
     starts = drawn.obs[:, 0].tolist()
     assert set(starts) == {0, 1, 2, 3}
@@ -520,6 +536,7 @@ def test_td_target_and_windows_on_a_hand_made_episode(terminated):
     inside, beyond = 1 + 0.9 * 2 + 0.81 * 4 + 0.729 * 103, 0 if terminated else 0.729 * 104
     assert target[:2].tolist() == pytest.approx([inside, 2 + 0.9 * 4 + 0.81 * 8 + beyond], rel=1e-6)
     assert batch.terminated.tolist() == [0, terminated, terminated, terminated]
+    assert set(batch.kept.tolist()) == {0.0 if terminated else 1.0}  # failed, or not reported
     assert batch.valid.tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
     assert batch.chunk[2, :2].tolist() == pytest.approx([0.3, 0.4])
     assert len(drawn.chunk[drawn.obs[:, 0] == 2][:, 2].unique()) > 2  # never executed: from other windows
@@ -541,7 +558,7 @@ def test_buffer_never_mixes_episodes(capacity):
         buffer.add(numbered_episode(episode, n))
         written += [(episode, step) for step in range(n + 1)]
         rows = set(written[-capacity:])
-        for obs, chunk, _, next_obs, terminated, valid in zip(*buffer.sample(300), strict=True):
+        for obs, chunk, _, next_obs, terminated, _, valid in zip(*buffer.sample(300), strict=True):
             e, step = obs.int().tolist()
             k = min(4, lengths[e] - step)
             assert (e, step) in rows and valid.tolist() == [1] * k + [0] * (4 - k)
@@ -677,10 +694,10 @@ def test_no_step_is_a_reset_and_an_episode_is_its_seed_s_and_starts_with_a_chunk
 
 
 def test_evaluation_is_the_mean_over_its_seeds(capsys):
-    args = Args(env_id="Counting-v0", chunk_size=2, hidden_dim=16, eval_episodes=20)
+    args = Args(env_id="Counting-v0", chunk_size=2, hidden_dim=16, eval_episodes=20, best_of_n=3)
     policy, critic, episodes = FlowPolicy(3, 4), CriticEnsemble(3, 4, 2), episodes_of("Counting-v0")
     success = poco.mean_success(episodes)
-    assert 0 < poco.evaluate(policy, critic, args, 3, Path(), "step 5")["eval/success"] == success
+    assert 0 < poco.evaluate(policy, critic, args, Path(), "step 5")["eval/success"] == success
     assert f"step 5, best of 3: success {success:.2f}, mean return" in capsys.readouterr().out
 
 
@@ -882,7 +899,7 @@ def test_no_step_of_experience_is_lost(script):
     at_evaluations = [row for row in rows_of(folder) if row["eval/success"]]
     assert len(at_evaluations) == 7
     assert all(row["charts/buffer_size"] == row["global_step"] for row in at_evaluations)
-    left = states_of(folder)["buffer"]["steps"][:, 3]  # of an episode of 20, and of one cut off after 8
+    left = states_of(folder)["buffer"]["steps"][:, -1]  # of an episode of 20, and of one cut off after 8
     assert (left == 20).sum() == 6 and (left == 8).sum() == 12
 
 
@@ -902,7 +919,7 @@ def test_a_run_killed_in_any_write_and_resumed_ends_as_undisturbed(script, every
         monkeypatch.setattr(owner, name, write)
 
     interrupt(script, "save_file", lambda path, *_: path.with_suffix(".tmp").write_bytes(b"PK"))
-    interrupt(script.Run, "write_row", lambda run, _: (run.folder / "metrics.csv").write_text("global_s"))
+    interrupt(script.Run, "write_row", lambda run, *_: (run.folder / "metrics.csv").write_text("global_s"))
     settings = write_demos(5) | {"bc_steps": 2, "hidden_dim": 8, "batch_size": 4, "total_timesteps": 66}
     settings |= {"eval_interval": 33, "log_interval": 33, "critic_warmup": 3, "eval_episodes": 1}
     whole = small_run(script, "whole", **settings)
@@ -993,7 +1010,7 @@ def test_a_poor_clone_improves(script):
     """Of demonstrations half of which stay where they are."""
     settings = {"bc_steps": 300, "hidden_dim": 32, "batch_size": 64, "critic_warmup": 150}
     settings |= {"total_timesteps": 1600, "eval_interval": 1600, "utd_ratio": 0.25, "eval_episodes": 50}
-    rows = rows_of(small_run(script, seed=2, **settings, **write_demos(gains=(5.0, 0.0))))
+    rows = rows_of(small_run(script, seed=4, **settings, **write_demos(gains=(5.0, 0.0))))
     clone, tuned = (float(row["eval/return"]) for row in rows if row["eval/return"])
     assert clone < -16 and tuned > clone + 0.8  # of steps away from the goal
 
@@ -1063,7 +1080,7 @@ FAULTY = {
     "NoBounds-v0": "cannot be used: ", "Sequence-v0": "cannot be used: ", "Countin-v0": "Did you mean",
 }  # fmt: skip
 BAD_INPUT = {
-    "--env-id FetchReach-v4 --chunk-size 51": "no episode lasts a chunk", "--num-demos 201": "is 201",
+    "--env-id FetchReach-v4 --chunk-size 51": "no episode lasts a chunk",
     "--env-id FetchPickAndPlac-v4": "Did you mean", "--env-id Pendulum-v1": "npz cannot be used",
     "--dataset no.npz": "no.npz", "--evaluate no.pt": "no.pt", "--resume nowhere": "nowhere",
     "--policy no.pt": "no.pt", "--no-such 1": "no-such", "ogpo --posterior-coef 1": "posterior-coef",
@@ -1106,7 +1123,7 @@ def test_a_fetch_task_runs_as_readme_says():
     process = start(poco.__file__, *typed.split())
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    assert "demonstrations: 10 of 200 episodes, success 1.00" in out
+    assert "demonstrations: 10 episodes, success 1.00" in out
     results = re.findall(r", best of 1: (success .*)", out)
     (command,) = set(re.findall(r"python poco.py (--evaluate .*)", out))
     again, err = start(poco.__file__, *command.split()).communicate(timeout=240)
