@@ -634,7 +634,7 @@ def fit_normalizers(networks, buffer):
     std = obs.std(0, correction=0)
     lost = std <= 1e-7 * size
     jitter = std < 1e-4 * std[~lost].median()
-    if (std[lost] > 1e-12 * size[lost]).any():
+    if (lost & ~jitter & (std > 1e-12 * size)).any():
         tqdm.write("observations vary by less than float32 resolves: take off their offset")
     std[lost | jitter] = 1
     for module in nn.ModuleList(networks.values()).modules():
@@ -671,7 +671,7 @@ class Environment:
             self.limit = env.spec.max_episode_steps or 10_000
             env = gym.wrappers.TimeLimit(env, self.limit)
             if videos:
-                env = gym.wrappers.RecordVideo(env, str(videos), disable_logger=True)
+                env = gym.wrappers.RecordVideo(env, videos, disable_logger=True)
             env = gym.wrappers.FlattenObservation(env)
             require(env.observation_space.shape, f"{env.observation_space} is not flat")
             env = gym.wrappers.ClipAction(env)  # RescaleAction may round past the bounds

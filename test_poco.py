@@ -78,7 +78,7 @@ def test_common_arguments_have_the_same_order_type_default_and_comment():
 
 
 def test_a_file_can_be_read_in_one_sitting():
-    longest = {"test_poco.py": 1345, "README.md": 200, "speed.py": 300}
+    longest = {"test_poco.py": 1375, "README.md": 200, "speed.py": 300}
     for script, (lines, end_of_train) in LIMITS.items():
         longest[Path(script.__file__).name] = lines
         body = ast.parse(Path(script.__file__).read_text()).body
@@ -1285,6 +1285,31 @@ def test_wrong_data_gets_a_sentence(case, recorded, capsys):
         Path("data.npz").write_bytes(change(Path("data.npz").read_bytes()))
     assert main(poco, **(RUN | {"dataset": args.dataset})) == 2
     assert words in capsys.readouterr().err and not Path("code_was_run").exists()
+
+
+def test_an_episode_beyond_the_environment_s_limit_is_refused():
+    options, data = write_demos(3), dict(np.load("demos.npz"))
+    del data["next_observations"]
+    np.savez("demos.npz", **(data | {"timeouts": np.arange(60) == 59}))
+    with pytest.raises(poco.UserError, match="episode 0 exceeds the environment's 20 steps"):
+        load_demos(Args(**options))
+
+
+def test_files_of_another_kind_are_named(capsys):
+    Path("data.hdf5").write_bytes(b"HDF")
+    assert main(poco, "--dataset", "data.hdf5", **(RUN | {"dataset": "data.hdf5"})) == 2
+    assert "data.hdf5 cannot be used: benchmark/README.md converts other files" in capsys.readouterr().err
+    checkpoint = small_run(poco, total_timesteps=60) / "checkpoint.pt"
+    assert main(poco, "--policy", checkpoint) == main(poco, "--evaluate", checkpoint) == 2
+    assert capsys.readouterr().err.count("checkpoint.pt is no policy: take policy.pt or clone.pt") == 2
+
+
+def test_demonstrations_have_room_of_their_own(monkeypatch):
+    goals = set()
+    update = lambda policy, optimizer, batch: goals.update(batch.obs[:, 1].tolist()) or {}
+    monkeypatch.setattr(poco, "update_clone", update)
+    small_run(poco, buffer_size=32, bc_steps=40, total_timesteps=30, **write_demos(24))
+    assert len(goals) == 24
 
 
 @pytest.mark.parametrize(("env_id", "success"), [("Reach", 1.0), ("Push", 0.87), ("PickAndPlace", 0.93)])
