@@ -689,8 +689,8 @@ def load_demonstrations(args, env):
     episodes = []
     takes = "--dataset takes a file.npz, a Minari id, demos or none"
     with explained(f"{takes}; {path} cannot be used"):
-        if Path(path).is_file():
-            require(path.endswith(".npz"), "benchmark/README.md converts other files")
+        usable = Path(path).suffix in ("", ".npz")
+        require(usable, "benchmark/README.md converts other files")
         for obs, actions, rewards, *end in read(path, args.success_at):
             n = len(rewards)
             where = f"episode {len(episodes)}"

@@ -78,7 +78,7 @@ def test_common_arguments_have_the_same_order_type_default_and_comment():
 
 
 def test_a_file_can_be_read_in_one_sitting():
-    longest = {"test_poco.py": 1375, "README.md": 200, "speed.py": 300}
+    longest = {"test_poco.py": 1337, "README.md": 200, "speed.py": 300}
     for script, (lines, end_of_train) in LIMITS.items():
         longest[Path(script.__file__).name] = lines
         body = ast.parse(Path(script.__file__).read_text()).body
@@ -136,17 +136,6 @@ def flow():
     policy.encode.mean.copy_(torch.randn(3))
     policy.encode.std.copy_(1 + torch.rand(3))
     return policy, np.random.default_rng(0).normal(size=(4, 3))
-
-
-def test_bc_loss_is_the_flow_matching_loss_over_the_valid_entries(flow):
-    policy, obs = flow
-    chunk = np.random.default_rng(1).normal(size=(4, 6))  # T = 3 actions of 2 numbers
-    valid = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
-    torch.manual_seed(1)
-    losses = policy.bc_loss(policy.encode(*tensors(obs)), *tensors(chunk, valid))
-    torch.manual_seed(1)
-    expected = numpy_bc_losses(policy, obs, chunk, valid, *doubles(torch.randn(4, 6), torch.rand(4, 1)))
-    assert_allclose(losses.detach(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("given", "steps"), [(None, 7), (3, 3)])
@@ -297,7 +286,7 @@ FIXED = {"temperature": 0.2, "clip_threshold": 0.9, "posterior_coef": 0.5, "anch
 
 @pytest.mark.parametrize("settings", [{}, FIXED])
 def test_poco_s_update_as_a_whole(settings):
-    """The random numbers drawn again in their order, everything else in NumPy."""
+    """Also of sample, bc_loss and encode. The random numbers drawn again in their order, everything else in NumPy."""
     args = Args(num_candidates=4, posterior_batch_size=3, chunk_size=2, flow_steps=3, **settings)
     policy, critic, batch = FlowPolicy(3, 4, flow_steps=3), CriticEnsemble(3, 4, 2), random_batch(8, 3, 2, 2)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
@@ -566,15 +555,6 @@ def test_buffer_never_mixes_episodes(capacity):
             assert next_obs.tolist() == [e, step + k]
             assert terminated == (e % 2 == 0 and step + k == lengths[e])
         assert len(buffer) == sum(step < lengths[e] for e, step in rows)
-
-
-def test_every_step_is_drawn_as_often():
-    buffer = make_buffer(100, 2, 1, chunk_size=3)
-    for episode, n in enumerate((1, 5, 2)):
-        buffer.add(numbered_episode(episode, n))
-    steps = (buffer.sample(16_000).obs @ torch.tensor([100.0, 1.0])).int().tolist()
-    counts = [steps.count(step) for step in (0, 100, 101, 102, 103, 104, 200, 201)]
-    assert sum(counts) == 16_000 and max(counts) < 2200 and min(counts) > 1800
 
 
 def test_an_observation_is_kept_once_in_its_own_type():
@@ -1296,7 +1276,6 @@ def test_an_episode_beyond_the_environment_s_limit_is_refused():
 
 
 def test_files_of_another_kind_are_named(capsys):
-    Path("data.hdf5").write_bytes(b"HDF")
     assert main(poco, "--dataset", "data.hdf5", **(RUN | {"dataset": "data.hdf5"})) == 2
     assert "data.hdf5 cannot be used: benchmark/README.md converts other files" in capsys.readouterr().err
     checkpoint = small_run(poco, total_timesteps=60) / "checkpoint.pt"
@@ -1317,18 +1296,6 @@ def test_demos_are_in_the_repository(env_id, success):
     demos = load_demos(Args(env_id=f"Fetch{env_id}-v4"))
     assert len(demos) == 200 and all(len(demo.actions) == 50 for demo in demos)
     assert poco.mean_success(demos) == pytest.approx(success, abs=0.006)
-
-
-def test_demos_replay_in_their_environment():
-    args = Args(env_id="FetchPush-v4", num_demos=1)
-    (demo,) = load_demos(args)
-    whole = np.load(ROOT / "demos/FetchPush-v4.npz")["observations"]
-    (start_row,) = np.flatnonzero((whole == demo.obs[0]).all(1))
-    env = poco.Environment(args, first_seed=3 * 10**6 + int(start_row) // 51)
-    env.set_chunk(torch.tensor(demo.actions))
-    (episode,) = (ended for _ in range(50) for ended in env.step())
-    assert_allclose(episode.obs, demo.obs, atol=1e-3)
-    assert_allclose(episode.rewards, demo.rewards)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1356,7 +1323,7 @@ def test_minari_dataset(tmp_path, monkeypatch):
 def test_capture_video():
     pytest.importorskip("moviepy")
     folder = small_run(poco, env_id="FetchReach-v4", total_timesteps=150, capture_video=True)
-    assert len(list(folder.glob("videos/step 0*/*.mp4"))) >= 2 and list(folder.glob("videos/step 150*/*.mp4"))
+    assert len(list(folder.glob("videos/clone*/*.mp4"))) >= 2 and list(folder.glob("videos/step 150*/*.mp4"))
 
 
 def test_readme_names_only_what_is_there():

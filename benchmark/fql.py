@@ -29,7 +29,7 @@ class Args(poco.Args):
 
 
 class OneStepPolicy(poco.FlowPolicy):
-    """The flow, and beside it mu(s, z), with the same layers, but for the time."""
+    """The flow, and beside it mu(s, z), with the same layers, but for the time and dropout."""
     def __init__(self, obs_dim: int, chunk_dim: int, hidden_dim: int = 256, flow_steps: int = 5):
         super().__init__(obs_dim, chunk_dim, hidden_dim, flow_steps)
         layers = []

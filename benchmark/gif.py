@@ -29,24 +29,24 @@ def frames(path: Path, seed: int, width: int) -> tuple[list[Image.Image], bool]:
     """Returns: a picture every second step of an episode, its result in the last ones; success."""
     args, policy, critic = poco.load_policy(path)
     torch.manual_seed(seed)
-    envs = poco.Environments(args, first_seed=seed, num_envs=1, render_mode="rgb_array")
-    env = envs.envs[0]
+    env = poco.Environment(args, first_seed=seed, render_mode="rgb_array")
     pictures = []
-    episode = None
-    while episode is None:
-        if envs.waiting():
-            chunks = poco.choose_chunks(policy, critic, envs.observations(), best_of_n=1)
-            envs.set_chunks(chunks)
-        episode = env.step()
-        picture = Image.fromarray(env.env.render())
+    ended = []
+    while not ended:
+        picture = Image.fromarray(env.env.render())  # before the step: the last one resets
         picture = picture.crop((150, 120, 390, 360))  # around the gripper
         pictures.append(picture.resize((width, width)))
-    envs.close()
-    result = "success" if episode.success else "failure"
+        if not env.chunk:
+            chunk = poco.choose_chunk(policy, critic, env.observation(), best_of_n=1)
+            env.set_chunk(chunk)
+        ended = env.step()
+    env.close()
+    success = ended[0].success == 1
+    result = "success" if success else "failure"
     for picture in pictures[-12:]:
         ImageDraw.Draw(picture).text((8, 8), result, fill="white")
     pause = [pictures[-1]] * 8
-    return pictures[::2] + pause, bool(episode.success)
+    return pictures[::2] + pause, success
 
 
 def main(args: Args) -> None:

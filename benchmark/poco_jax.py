@@ -11,26 +11,28 @@ import optax
 import torch
 from torch import nn
 
-import poco
-
 
 def to_jax(tensor):
     return jnp.array(tensor.detach().numpy(), jnp.float32)
 
 
 def layers_of(network):
-    """Copies for JAX of weights (..., in, out) and biases of a policy or of critics."""
+    """Copies for JAX of weights (in, out) and biases of a policy or of one critic."""
     layers = []
     for module in network.modules():
         if isinstance(module, nn.Linear):
             layers.append((to_jax(module.weight.T), to_jax(module.bias)))
-        if isinstance(module, poco.EnsembleLinear):
-            layers.append((to_jax(module.weight), to_jax(module.bias)))
     return layers
 
 
+def members_of(critic):
+    """The layers of each critic of an ensemble."""
+    members = zip(critic.hidden, critic.heads, strict=True)
+    return [layers_of(nn.ModuleList(member)) for member in members]
+
+
 def mlp(layers, *inputs, layer_norm=False):
-    """One network, or M side by side, on inputs (B, ...). Returns: (B, out) or (M, B, out)."""
+    """Args: inputs (B, ...). Returns: (B, out)."""
     x = jnp.concatenate(inputs, axis=1)
     for weight, bias in layers[:-1]:
         x = x @ weight + bias
@@ -42,7 +44,8 @@ def mlp(layers, *inputs, layer_norm=False):
 
 
 def q_of(critic, features, chunk):
-    return mlp(critic, features, chunk, layer_norm=True).squeeze(2)  # (M, B)
+    values = [mlp(layers, features, chunk, layer_norm=True) for layers in critic]
+    return jnp.stack(values).squeeze(2)  # (M, B)
 
 
 def sample(policy, features, x_0, num_steps):
@@ -84,11 +87,11 @@ class Twin:
         self.adam = optax.adam(self.args.learning_rate)
         self.batch = jax.tree.map(to_jax, learner.batch)
         policy = layers_of(learner.policy)
-        critic = layers_of(learner.critic)
+        critic = members_of(learner.critic)
         self.state = {
             "policy": policy,
             "critic": critic,
-            "target_critic": layers_of(learner.target_critic),
+            "target_critic": members_of(learner.target_critic),
             "policy_adam": self.adam.init(policy),
             "critic_adam": self.adam.init(critic),
         }
@@ -157,6 +160,9 @@ class Twin:
             mask = jnp.repeat(batch.valid, action_dim, axis=1)
             bc_losses = (error * mask).sum(1) / mask.sum(1)
             clip_threshold = jnp.quantile(jax.lax.stop_gradient(bc_losses), 0.9)
+            if args.anchor == "kept":
+                kept = jnp.where(batch.kept.any(), batch.kept, 1)
+                bc_losses = bc_losses * kept / kept.mean()
             clipped = jnp.minimum(candidate_losses, clip_threshold)
             posterior = (weights * clipped).sum(1).mean()
             return args.posterior_coef * posterior + bc_losses.mean()
@@ -186,8 +192,9 @@ def largest_difference(learner):
         state, losses = update(state, twin.batch, jax.tree.map(to_jax, draws))
         for name, loss in losses.items():
             differences.append(abs(float(loss) - float(metrics[name])))
+    weights = Twin(learner).state
     for name in ("policy", "critic", "target_critic"):
-        ours = jax.tree.leaves(layers_of(getattr(learner, name)))
+        ours = jax.tree.leaves(weights[name])
         theirs = jax.tree.leaves(state[name])
         for our, their in zip(ours, theirs, strict=True):
             differences.append(float(jnp.abs(our - their).max()))

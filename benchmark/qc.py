@@ -32,10 +32,18 @@ class BestOfN:
     best_of_n: int
 
     def encode(self, obs):
-        return obs  # choose_chunks encodes for policy and critics
+        return obs  # sample encodes for policy and critics
 
     def sample(self, obs):
-        return poco.choose_chunks(self.policy, self.critic, obs, self.best_of_n)
+        """Returns: a chunk for each observation, (B, D)."""
+        n = self.best_of_n
+        features = self.policy.encode(obs).repeat_interleave(n, dim=0)
+        chunks = self.policy.sample(features)  # (B * n, D)
+        critic_features = self.critic.encode(obs).repeat_interleave(n, dim=0)
+        q = self.critic(critic_features, chunks).mean(0)
+        best = q.view(-1, n).argmax(1)  # (B,)
+        first = torch.arange(0, len(chunks), n, device=obs.device)
+        return chunks[first + best]
 
 
 def update_critic(policy, critic, target_critic, optimizer, batch, args):

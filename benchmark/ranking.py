@@ -4,8 +4,8 @@
 
 In states of the policy's own episodes, runs every candidate and then the policy to the episode's
 end, several times from the same state, and compares the mean returns with Q. For Fetch and other
-MuJoCo robots whose environments have a `goal`. After the time limit the last reward counts for
-ever.
+MuJoCo robots whose environments have a `goal` and do not terminate. After the time limit the last
+reward counts for ever.
 """
 
 import sys
@@ -52,36 +52,32 @@ def restore(env, saved):
     env.obs = [obs]
 
 
-def act_if_due(envs, choose):
-    """Gives those that wait their next chunks."""
-    if envs.waiting():
-        envs.set_chunks(choose(envs.observations()))
+def run(env, choose, steps):
+    """Goes on with the episode for so many steps or to its end. Returns: its rewards."""
+    ended = []
+    while not ended and len(env.steps) < steps:
+        if not env.chunk:
+            env.set_chunk(choose(env.observation()))
+        ended = env.step()
+    episode = (ended or env.episode(terminated=False))[0]
+    return episode.rewards
 
 
-def walk(envs, seed, choose, steps):
+def walk(env, seed, choose, steps):
     """Returns: the state after so many steps of an episode."""
-    env = envs.envs[0]
     env.reset(seed)
-    for _ in range(steps):
-        act_if_due(envs, choose)
-        env.step()
+    if steps > 0:
+        run(env, choose, steps)
     return save(env)
 
 
-def returns_of(envs, saved, chunks, choose, gamma, steps):
-    """Runs chunks (N, D), each in its environment, then the policy.
-    Returns: discounted returns (N,)."""
-    for env in envs.envs:
-        restore(env, saved)
-    envs.set_chunks(chunks)
-    returns = np.zeros(len(chunks))
-    for t in range(steps):
-        act_if_due(envs, choose)
-        for env in envs.envs:
-            env.step()
-        rewards = np.array([env.steps[-1][1] for env in envs.envs])
-        returns += gamma**t * rewards
-    return returns + gamma**steps * rewards / (1 - gamma)
+def return_of(env, saved, chunk, choose, gamma, steps):
+    """Runs a chunk (D,) from the saved state, then the policy. Returns: the discounted return."""
+    restore(env, saved)
+    env.set_chunk(chunk)
+    rewards = run(env, choose, steps)
+    discounts = gamma ** np.arange(steps)
+    return discounts @ rewards + gamma**steps * rewards[-1] / (1 - gamma)
 
 
 def ranks_agree(a, b):
@@ -98,25 +94,27 @@ def ranks_agree(a, b):
 def measure(path, own):
     """Returns: Q (states, candidates), returns (states, repeats, candidates), the reward scale."""
     args, policy, critic = poco.load_policy(path)
-    choose = partial(poco.choose_chunks, policy, critic, best_of_n=1)
-    walker = poco.Environments(args, first_seed=0, num_envs=1)
-    envs = poco.Environments(args, first_seed=0, num_envs=own.candidates)
-    limit = walker.envs[0].env.spec.max_episode_steps
+    choose = partial(poco.choose_chunk, policy, critic, best_of_n=1)
+    env = poco.Environment(args, first_seed=0)
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     all_q = []
     all_returns = []
     for i in range(own.states):
-        chunks_before = int(rng.integers(limit // args.chunk_size * 2 // 3))
+        chunks_before = int(rng.integers(env.limit // args.chunk_size * 2 // 3))
         start = args.chunk_size * chunks_before
-        saved = walk(walker, FIRST_SEED + i, choose, start)
+        saved = walk(env, FIRST_SEED + i, choose, start)
         obs = torch.as_tensor(saved[-1]).expand(own.candidates, -1)
         with torch.no_grad():
             chunks = policy.sample(policy.encode(obs))
             q = critic(critic.encode(obs), chunks).mean(0)
-        run = partial(returns_of, envs, saved, chunks, choose, args.gamma, limit - start)
+        returns = np.empty((own.repeats, own.candidates))
+        for repeat, candidate in np.ndindex(returns.shape):
+            chunk = chunks[candidate]
+            value = return_of(env, saved, chunk, choose, args.gamma, env.limit - start)
+            returns[repeat, candidate] = value
         all_q.append(q.numpy())
-        all_returns.append([run() for _ in range(own.repeats)])
+        all_returns.append(returns)
     return np.array(all_q), np.array(all_returns), critic.reward_scale.item()
 
 

@@ -22,10 +22,8 @@ import poco
 MAIN = ["poco", "ogpo", "poco-weak", "ogpo-weak", "qc", "fql", "sac"]  # in the front page's order
 VARIANTS = "benchmark."  # environments of this folder, which the front page leaves out
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
-STEP = 0  # columns of a result
-SECONDS = 1
-SUCCESS = 3
-RETURN = 4
+COLUMNS = ["global_step", "seconds", "eval/success", "eval/return"]  # of a result
+STEP, SECONDS, SUCCESS, RETURN = range(4)
 SHORT = ["environment", "method", "seeds", "clone", "steps", "at the end", "worst"]
 SHORT += ["to 90, 95 %", "minutes"]
 LONG = ["method", "clone", "steps", "at the end", "each seed", "return", "worst"]
@@ -55,8 +53,11 @@ def read_results(folder):
     runs = defaultdict(dict)
     for path in folder.glob("*.csv"):
         _, method, seed = path.stem.split("__")
-        env = path.read_text().split("--env-id ")[1].split()[0]
-        runs[env, method][int(seed)] = np.loadtxt(path, delimiter=",", skiprows=2, ndmin=2)
+        command, titles, *_ = path.read_text().splitlines()
+        env = command.split("--env-id ")[1].split()[0]
+        places = [titles.split(",").index(title) for title in COLUMNS]  # older files have more
+        evaluations = np.loadtxt(path, delimiter=",", skiprows=2, usecols=places, ndmin=2)
+        runs[env, method][int(seed)] = evaluations
     if not runs:
         sys.exit(f"report.py: there are no results in {folder}.")
 

@@ -56,7 +56,7 @@ METHODS = {  # what follows python
     "sac": "benchmark/sac.py",
 }
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
-COLUMNS = ("global_step", "seconds", "eval/ode_success", "eval/success", "eval/return")
+COLUMNS = ("global_step", "seconds", "eval/success", "eval/return")
 
 
 @dataclass

@@ -4,9 +4,9 @@
     python benchmark/sac.py --policy runs/.../clone.pt    that clone's arguments, task and data
 
 For environments with a goal. SAC's actor cannot start from a flow: it starts with
---critic-warmup gradient steps on the demonstrations, then makes one a step, in one environment.
-Its settings are those published for HER (Stable-Baselines3's example; tau from its zoo, for
-Fetch). --resume begins anew in the same folder.
+--critic-warmup gradient steps on the demonstrations, then makes one a step. Its settings are those
+published for HER (Stable-Baselines3's example; tau from its zoo, for Fetch). --resume begins anew
+in the same folder.
 """
 
 import csv
@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import torch
 from stable_baselines3 import SAC, HerReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -68,10 +69,11 @@ class Evaluate(BaseCallback):
         """Adds a row to metrics.csv and writes policy.pt."""
         step = self.num_timesteps
         policy = Actor(self.model)
-        with torch.random.fork_rng():  # poco.evaluate seeds
-            values = poco.evaluate(policy, None, self.args, 1, self.folder, f"step {step}")
+        drawn = np.random.get_state()
+        with torch.random.fork_rng():  # poco.evaluate seeds, and its environments seed NumPy
+            values = poco.evaluate(policy, None, self.args, self.folder, f"step {step}")
+        np.random.set_state(drawn)
         row = {"global_step": step, "seconds": time.time() - self.start_time}
-        row["eval/ode_success"] = values["eval/success"]
         self.rows.append(row | values)
         with open(self.folder / "metrics.csv", "w") as file:
             writer = csv.DictWriter(file, self.rows[0])
@@ -100,9 +102,9 @@ def train(args, _):
     args = replace(args, chunk_size=1, best_of_n=1, **PUBLISHED)
     env = gym.make(args.env_id)
     poco.require(hasattr(env.unwrapped, "compute_reward"), "SAC with HER needs goals.")
-    envs = poco.Environments(args, first_seed=0, num_envs=1)
-    demos = poco.load_demonstrations(args, envs)
-    envs.close()
+    flat_env = poco.Environment(args, first_seed=0)
+    flat_env.close()
+    demos = poco.load_demonstrations(args, flat_env)
     poco.require(demos, "SAC needs demonstrations here.")
     demo_steps = sum(len(episode.actions) for episode in demos)
     model = SAC(

@@ -93,6 +93,7 @@ def random_batch(args, device):
         reward=-torch.rand(batch_size),
         next_obs=torch.randn(batch_size, *OBS_SPACE.shape, dtype=torch.float64),
         terminated=(left[:, 0] == 1).float(),
+        kept=(torch.rand(batch_size) < 0.7).float(),
         valid=(torch.arange(args.chunk_size) < left).float(),
     )
     return poco.Batch(*[column.to(device) for column in batch])

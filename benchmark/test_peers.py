@@ -82,8 +82,8 @@ def test_fql_s_loss_maximises_q_in_units_of_its_size():
 
 def test_sac_s_buffer_has_the_demonstrations_and_its_actor_takes_flat_observations():
     args = poco.Args(env_id="FetchReach-v4", num_demos=2)
-    envs = poco.Environments(args, first_seed=0, num_envs=1)
-    demos = poco.load_demonstrations(args, envs)
+    env = poco.Environment(args, first_seed=0)
+    demos = poco.load_demonstrations(args, env)
     model = sac.SAC("MultiInputPolicy", args.env_id, replay_buffer_class=sac.HerReplayBuffer)
     for episode in demos:
         sac.add_episode(model.replay_buffer, model.observation_space, episode)
@@ -98,7 +98,10 @@ def test_sac_s_buffer_has_the_demonstrations_and_its_actor_takes_flat_observatio
     stored = model.replay_buffer.observations.items()
     obs = {name: part[50:100, 0] for name, part in stored}
     expected, _ = model.predict(obs, deterministic=True)
-    chosen = poco.choose_chunks(sac.Actor(model), None, torch.tensor(demos[1].obs[:-1]), 1)
+    policy = sac.Actor(model)
+    flat_obs = torch.tensor(demos[1].obs[:-1])
+    with torch.no_grad():
+        chosen = policy.sample(policy.encode(flat_obs))
     np.testing.assert_allclose(chosen, expected, rtol=1e-5, atol=1e-6)
 
 
