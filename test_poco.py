@@ -286,7 +286,7 @@ FIXED = {"temperature": 0.2, "clip_threshold": 0.9, "posterior_coef": 0.5, "anch
 
 @pytest.mark.parametrize("settings", [{}, FIXED])
 def test_poco_s_update_as_a_whole(settings):
-    """Also of sample, bc_loss and encode. The random numbers drawn again in their order, everything else in NumPy."""
+    """Also of bc_loss and sample: the random numbers drawn again in their order, all else in NumPy."""
     args = Args(num_candidates=4, posterior_batch_size=3, chunk_size=2, flow_steps=3, **settings)
     policy, critic, batch = FlowPolicy(3, 4, flow_steps=3), CriticEnsemble(3, 4, 2), random_batch(8, 3, 2, 2)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
