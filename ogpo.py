@@ -1,10 +1,10 @@
 """OGPO (arXiv 2605.03065): off-policy PPO on the whole denoising chain of a flow policy.
 
     python ogpo.py --env-id FetchPickAndPlace-v4    clone demonstrations, then improve online
-    python ogpo.py --resume runs/...                go on after Ctrl-C or a crash
+    python ogpo.py --resume runs/...                go on after Ctrl-C or a crash, once cloned
     python ogpo.py --evaluate runs/.../policy.pt    see what came out
 
-The method ends with `train`; the machinery follows.
+The method ends with `train`. The machinery follows, first `Batch`, which the updates take.
 Shapes: B batch, O observation, F features, A action, T chunk_size, D = T * A, K flow_steps,
 G chains of a group, M critics, S states with a group.
 """
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: runs side by side do not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads do not spin
 
 import gymnasium as gym
 import numpy as np
@@ -38,7 +38,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-with contextlib.redirect_stderr(io.StringIO()):  # a notice about three of its environments
+with contextlib.redirect_stderr(io.StringIO()):  # hides a notice about three environments
     import gymnasium_robotics
 
 METHOD = "ogpo"
@@ -54,7 +54,7 @@ class Args:
     # run
     seed: int = 1  # seed of everything random
     torch_threads: int | None = None  # CPU threads (default: torch's choice, but at most 4)
-    bf16: bool = True  # bfloat16 in the updates, but not in cloning, where the hardware has it
+    bf16: bool = True  # bfloat16 in the updates if the hardware has it; never in cloning
     compile: bool = False  # torch.compile the updates, but not cloning
     log_interval: int = 500  # steps between rows of metrics.csv
     resume: Path | None = None  # go on with the run in this folder
@@ -63,7 +63,7 @@ class Args:
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
     dataset: str = "demos"  # file.npz, Minari id, none, or demos: the task's file in demos/
     num_demos: int | None = None  # most episodes of the dataset, drawn by --seed (default: all)
-    success_at: Literal["end", "any"] = "end"  # an episode succeeds by its last step, or by any
+    success_at: Literal["end", "any"] = "end"  # which step's success counts: the last, or any
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
     chunk_size: int = 3  # T, actions in one chunk, executed open loop
@@ -73,7 +73,7 @@ class Args:
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
-    critic_warmup: int = 3_000  # updates of the critics alone, on demonstrations if there are any
+    critic_warmup: int = 3_000  # critics' updates alone: offline, or POCO's first without data
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     buffer_size: int = 1_000_000  # observations in the replay buffer
@@ -86,12 +86,12 @@ class Args:
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # S, states of a batch that get a group of chains
     sigma: float = 1.0  # noise of the stochastic sampler
-    clip_epsilon: float = 0.005  # clip of the chains' ratio, of which chain_log_prob takes a root
+    clip_epsilon: float = 0.005  # clip of the ratio, a geometric mean over steps and entries
     ppo_learning_rate: float = 2e-4  # step size of Adam for the policy online
     policy_tau: float = 0.1  # Polyak rate of the old policy, from which the chains come
     conservative: bool = True  # OGPO+CA: an advantage counts where all critics agree on its sign
     success_coef: float = 1.0  # OGPO+: weight of L_BC on the successes online; 0: off
-    chi2_coef: float = 0.0  # weight of the ratio to the slow policy; 0: no penalty, no pessimism
+    chi2_coef: float = 0.0  # weight of the ratio to the slow policy; 0: none of this
     chi2_sharpness: float = 5.0  # how fast the minimum of Q takes over as that ratio passes 1
     chi2_tau: float = 5e-4  # Polyak rate of the slow policy
     next_samples: int = 1  # chunks per next state in the TD target
@@ -100,14 +100,14 @@ class Args:
     eval_interval: int = 2_500  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
     evaluate: Path | None = None  # evaluate this policy file instead of training
-    capture_video: bool = False  # record evaluations as MP4
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, ... of evaluations as MP4
 
 
 MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "policy_start", "success_coef", "chi2_coef"]
 
 
 def check_method(args: Args):
-    """Raises: UserError for settings with which this method has no meaning."""
+    """Raises: UserError for settings that make no sense for this method."""
     require(args.group_size >= 2, "--group-size must be at least 2.")
     require(args.policy_tau <= 1, "--policy-tau must not be above 1.")
 
@@ -136,7 +136,7 @@ class FlowPolicy(nn.Module):
         for in_dim in (obs_dim + chunk_dim + 1, hidden_dim, hidden_dim):
             layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Dropout(0.1)]
         self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, chunk_dim))
-        self.eval()  # dropout is for cloning alone: few demonstrations are soon learned by heart
+        self.eval()  # dropout is for cloning alone, which overfits few demonstrations
 
     def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The flow's velocity v(x, t, s). Args: x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
@@ -166,7 +166,7 @@ class FlowPolicy(nn.Module):
 
 
 class CriticEnsemble(nn.Module):
-    """M independent Q(s, chunk), of rewards scaled so that the largest has magnitude 1. MLPs with
+    """M independent Q(s, chunk), of rewards scaled so that the largest of the first is 1. MLPs with
     LayerNorm in the hidden layers; `encode` as in FlowPolicy."""
     def __init__(self, obs_dim: int, chunk_dim: int, num_critics: int, hidden_dim: int = 256):
         super().__init__()
@@ -188,7 +188,7 @@ class CriticEnsemble(nn.Module):
         values = []
         for layers, head in zip(self.hidden, self.heads):
             hidden = layers(x).float()
-            with torch.autocast(x.device.type, enabled=False):  # bfloat16 rounds -20.06 to -20.0
+            with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for Q
                 values.append(head(hidden).squeeze(1))
         return torch.stack(values)
 
@@ -310,7 +310,7 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
         next_chunk = policy.sample(features)  # (B * n, D)
         critic_features = target_critic.encode(batch.next_obs)
         critic_features = critic_features.repeat_interleave(n, dim=0)
-        next_q = target_critic(critic_features, next_chunk).mean(0)  # (B * n,), not the minimum
+        next_q = target_critic(critic_features, next_chunk).mean(0)  # (B * n,), the critics' mean
         next_q = reduce_next_q(next_q.view(-1, n), args.next_reduction)  # (B,)
         reward = critic.reward_scale * batch.reward
         target = td_target(reward, next_q, batch.terminated, args.gamma, args.chunk_size)
@@ -351,7 +351,7 @@ def update_policy(
         chain, old_log_prob = sample_chain(old_policy, old_features, args.sigma)
         critic_features = target_critic.encode(obs).repeat_interleave(G, dim=0)
         chunks = chain[-1].clamp(-1, 1)
-        q = target_critic(critic_features, chunks).view(args.num_critics, -1, G)  # (M, S, G)
+        q = target_critic(critic_features, chunks).unflatten(1, (-1, G))  # (M, S, G)
 
     with mixed_precision(args, device):
         features = policy.encode(obs).repeat_interleave(G, dim=0)
@@ -364,10 +364,11 @@ def update_policy(
             ratio = ratio.view(-1, G)
             value = chi2_penalised_q(q, ratio, args.chi2_coef, args.chi2_sharpness)
             shift = value - q.mean(0)
-            q = q + shift  # the same for all critics
+            q = q + shift  # the same for all critics, so they agree as before
 
     # PPO; advantages in units of the mean spread within a group, so that the rewards' scale cancels
-    spread = q.mean(0).std(1, correction=0).mean()
+    stds = q.mean(0).std(1, correction=0)  # (S,)
+    spread = stds.mean()
     advantage = group_advantage(q, args.conservative)
     advantage = advantage / spread.clamp(min=1e-12)
     loss, metrics = ppo_loss(log_prob, old_log_prob, advantage.flatten(), args.clip_epsilon)
@@ -379,8 +380,7 @@ def update_policy(
         metrics["losses/bc_loss"] = bc_loss.detach()
     metrics["losses/actor_grad_norm"] = gradient_step(optimizer, loss)
     metrics["losses/actor_loss"] = loss.detach()
-    is_zero = advantage == 0
-    metrics["losses/zero_advantages"] = is_zero.float().mean()
+    metrics["losses/zero_advantages"] = (advantage == 0).float().mean()
     metrics["losses/group_q_std"] = spread
 
     move_towards(old_policy, policy, args.policy_tau)
@@ -416,8 +416,8 @@ def train(args: Args, make_networks=make_networks):
     """Clones demonstrations, then improves the policy online: act, store, learn, evaluate.
     Args: make_networks, another one to bring your own policy or critics."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    env = Environment(args, first_seed=0)  # for its spaces; what fails, fails before the cloning
-    env.set_chunk(torch.zeros(env.action_dim))
+    env = Environment(args, first_seed=0)  # for its spaces
+    env.set_chunk(torch.zeros(env.action_dim))  # what fails, fails before the cloning
     env.step()
     env.close()
     demos = load_demonstrations(args, env)
@@ -473,8 +473,8 @@ def train(args: Args, make_networks=make_networks):
     if not args.resume:
         run.save(step, critic_updates)
     run.open(step)
-    if not run.rows:  # single samples: so far, the critics know demonstrations alone
-        metrics = evaluate(policy, target_critic, replace(args, best_of_n=1), run.folder, "clone")
+    if not run.rows:  # not yet evaluated; of single samples, as the critics are not ready
+        metrics = evaluate(policy, target_critic, replace(args, best_of_n=1), run.folder, "step 0")
         run.write_row(step, metrics)
 
     # online: act, store, learn; then evaluate
@@ -490,7 +490,7 @@ def train(args: Args, make_networks=make_networks):
             if not env.chunk:
                 obs = env.observation()
                 env.set_chunk(choose_chunk(policy, target_critic, obs, args.best_of_n))
-            for episode in env.step():
+            for episode in env.step():  # at most one; the next has begun
                 buffer.add(episode)
                 if episode.success == 1:
                     success_buffer.add(episode)
@@ -501,7 +501,7 @@ def train(args: Args, make_networks=make_networks):
             if len(buffer) >= args.batch_size:
                 if critic_updates == 0 and not demos and not args.policy:
                     fit_normalizers(networks, buffer)
-                fit_reward_scale(critic, target_critic, buffer)
+                fit_reward_scale(critic, target_critic, buffer)  # once there is a reward
                 updates_before = int((step - 1) * args.utd_ratio)
                 for _ in range(updates_before, int(step * args.utd_ratio)):
                     batch = buffer.sample(args.batch_size)
@@ -521,7 +521,7 @@ def train(args: Args, make_networks=make_networks):
             if step % args.log_interval == 0 and step < stop:
                 run.write_row(step, {})
 
-        # the unfinished episode is kept as far as it got; a resumed run begins anew here, too
+        # the unfinished episode is kept as far as it got; a resumed run also begins a new one
         for episode in env.close():
             buffer.add(episode)
         metrics = evaluate(policy, target_critic, args, run.folder, f"step {step}")
@@ -546,7 +546,7 @@ class Batch(NamedTuple):
     reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
     next_obs: Tensor  # (B, O) after the last valid step
     terminated: Tensor  # (B,) 1 if that step terminated
-    kept: Tensor  # (B,) 0 if the episode failed, 1 also if that is not reported
+    kept: Tensor  # (B,) 0 if the episode is reported to have failed, else 1
     valid: Tensor  # (B, T) 1 up to the episode's end
 
 
@@ -557,7 +557,7 @@ class ReplayBuffer:
         self.capacity = capacity
         self.chunk_size = args.chunk_size
         self.gamma = args.gamma
-        self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, its end terminates, kept, left
+        self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, terminates, kept, steps left
         obs = np.zeros((capacity, *env.obs_space.shape), env.obs_space.dtype)
         steps = np.zeros((capacity, sum(self.widths)), np.float32)
         self.obs = torch.from_numpy(obs).to(device)
@@ -574,7 +574,7 @@ class ReplayBuffer:
         return len(self.starts())
 
     def add(self, episode):
-        """Writes an episode over the oldest rows, of one longer than the buffer its end."""
+        """Writes an episode over the oldest rows; if it is longer than the buffer, only its end."""
         left = np.arange(len(episode.rewards), 0, -1)
         ones = np.ones(len(left))
         terminates = ones * episode.terminated
@@ -591,7 +591,7 @@ class ReplayBuffer:
         self.size = min(self.size + len(obs), self.capacity)
 
     def sample(self, batch_size):
-        """Windows that start in any step with equal probability."""
+        """Windows that start at uniformly drawn steps."""
         device = self.obs.device
         starts = self.starts()
         start = starts[torch.randint(len(starts), (batch_size,), device=device)]
@@ -601,7 +601,7 @@ class ReplayBuffer:
         actions, rewards, terminates, kept, left = steps.split(self.widths, dim=2)
         left = left[:, 0]  # (B, 1)
         valid = (i < left).float()  # (B, T)
-        filler = actions.roll(1, dims=0)  # of another window: after the end, all are worth the same
+        filler = actions.roll(1, dims=0)  # of another window: Q must not depend on them
         chunk = torch.where(valid[..., None] > 0, actions, filler).flatten(1)
         discount = valid * self.gamma**i
         reward = (rewards[..., 0] * discount).sum(1)
@@ -635,7 +635,7 @@ def fit_normalizers(networks, buffer):
     lost = std <= 1e-7 * size
     jitter = std < 1e-4 * std[~lost].median()
     if (lost & ~jitter & (std > 1e-12 * size)).any():
-        tqdm.write("observations vary by less than float32 resolves: take off their offset")
+        tqdm.write("observations vary by less than float32 resolves: subtract their offset first")
     std[lost | jitter] = 1
     for module in nn.ModuleList(networks.values()).modules():
         if isinstance(module, Normalizer):
@@ -693,7 +693,7 @@ class Environment:
         self.chunk = []
 
     def observation(self):
-        """Returns: (1, O), with numbers for NaN and infinity, which later cost the episode."""
+        """Returns: (1, O), finite; an episode with NaN or infinity is later left out."""
         obs = np.nan_to_num(self.obs[-1])
         return torch.as_tensor(obs)[None]
 
@@ -703,7 +703,7 @@ class Environment:
         self.chunk = list(actions)
 
     def step(self):
-        """Takes the chunk's next action. Returns: a list of the episode, if it ended thereby."""
+        """Takes the chunk's next action. Returns: a list of the episode, if it has just ended."""
         action = self.chunk.pop(0)
         returned = "observation, reward, terminated, truncated and an info with numbers"
         with explained(f"{self.name} failed in step, which returns {returned}"):
@@ -882,7 +882,7 @@ class Run:
         self.start_time = time.time()
 
     def open(self, step):
-        """Starts the progress bar, and sees to it that the end says what to type next."""
+        """Starts the progress bar. At exit, what to type next is printed."""
         resume = f"python {METHOD}.py --resume {self.folder}"
         evaluate = f"python {METHOD}.py --evaluate {self.folder}/policy.pt"
         atexit.register(print, f"{resume}\n{evaluate}")
@@ -918,7 +918,7 @@ class Run:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
-        for name, value in means.items():  # gradient_step kept it from the weights
+        for name, value in means.items():  # gradient_step kept it out of the weights
             lost = name.startswith("losses/") and not math.isfinite(value)
             require(not lost, f"{name} became NaN or infinite")
 
@@ -937,10 +937,10 @@ class Run:
         save_file(self.folder / "checkpoint.pt", self.args, content)
 
     def load_checkpoint(self):
-        """Loads all but optimisers' settings, which may be typed. Returns: step, critic_updates."""
+        """Loads all but optimisers' settings, which may change. Returns: step, critic_updates."""
         _, content = read_file(self.folder / "checkpoint.pt")
         method = content["method"]
-        require(method == METHOD, f"this run goes on by python {method}.py --resume {self.folder}")
+        require(method == METHOD, f"resume this run with python {method}.py --resume {self.folder}")
         with explained(f"{self.folder} does not fit these arguments"):
             for name, state in content["learner"].items():
                 part = self.learner[name]
@@ -969,7 +969,7 @@ def save_file(path, args, content):
 
 def read_file(path):
     """Returns: arguments, content. Raises: UserError."""
-    with explained(f"{path} is not there, damaged, or not of these scripts"):
+    with explained(f"{path} is not there, damaged, or not written by these scripts"):
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         args = Args()
         for name, value in content["args"].items():
@@ -1002,7 +1002,7 @@ def mixed_precision(args, device):
 
 
 def gradient_step(optimizer, loss):
-    """A step of any optimiser, without what is not finite. Returns: the norm, with all of it."""
+    """A step of any optimiser, gradients that are not finite set to 0. Returns: the norm before."""
     optimizer.zero_grad()
     loss.backward()
     gradients = []
@@ -1070,9 +1070,9 @@ def main(make_networks=make_networks):
             saved, _ = read_file(file)
             args = tyro.cli(Args, default=saved)
         if args.resume:
-            for name in ("env_id", "dataset", "num_demos", "policy"):
+            for name in ("env_id", "dataset", "num_demos", "policy", "seed"):
                 before = getattr(saved, name)
-                require(getattr(args, name) == before, f"This run has {name} {before}.")
+                require(getattr(args, name) == before, f"--resume: {name} must stay {before}.")
         check(args)
         torch.set_num_threads(args.torch_threads or min(4, torch.get_num_threads()))
         if not args.evaluate:

@@ -1,10 +1,10 @@
 """POCO (arXiv 2604.01860): off-policy fine-tuning of a flow policy as posterior inference.
 
     python poco.py --env-id FetchPickAndPlace-v4    clone demonstrations, then improve online
-    python poco.py --resume runs/...                go on after Ctrl-C or a crash
+    python poco.py --resume runs/...                go on after Ctrl-C or a crash, once cloned
     python poco.py --evaluate runs/.../policy.pt    see what came out
 
-The method ends with `train`; the machinery follows.
+The method ends with `train`. The machinery follows, first `Batch`, which the updates take.
 Shapes: B batch, O observation, F features, A action, T chunk_size, D = T * A, K flow_steps,
 N candidates, M critics, S states with candidates.
 """
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch reads it: runs side by side do not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads do not spin
 
 import gymnasium as gym
 import numpy as np
@@ -38,7 +38,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-with contextlib.redirect_stderr(io.StringIO()):  # a notice about three of its environments
+with contextlib.redirect_stderr(io.StringIO()):  # hides a notice about three environments
     import gymnasium_robotics
 
 METHOD = "poco"
@@ -54,7 +54,7 @@ class Args:
     # run
     seed: int = 1  # seed of everything random
     torch_threads: int | None = None  # CPU threads (default: torch's choice, but at most 4)
-    bf16: bool = True  # bfloat16 in the updates, but not in cloning, where the hardware has it
+    bf16: bool = True  # bfloat16 in the updates if the hardware has it; never in cloning
     compile: bool = False  # torch.compile the updates, but not cloning
     log_interval: int = 500  # steps between rows of metrics.csv
     resume: Path | None = None  # go on with the run in this folder
@@ -63,7 +63,7 @@ class Args:
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
     dataset: str = "demos"  # file.npz, Minari id, none, or demos: the task's file in demos/
     num_demos: int | None = None  # most episodes of the dataset, drawn by --seed (default: all)
-    success_at: Literal["end", "any"] = "end"  # an episode succeeds by its last step, or by any
+    success_at: Literal["end", "any"] = "end"  # which step's success counts: the last, or any
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
     chunk_size: int = 3  # T, actions in one chunk, executed open loop
@@ -73,7 +73,7 @@ class Args:
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
-    critic_warmup: int = 3_000  # updates of the critics alone, on demonstrations if there are any
+    critic_warmup: int = 3_000  # critics' updates alone: offline, or POCO's first without data
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     buffer_size: int = 1_000_000  # observations in the replay buffer
@@ -88,19 +88,19 @@ class Args:
     temperature: float | None = None  # eta, in units of Q (default: from --effective-samples)
     posterior_coef: float = 1.0  # beta, weight of the posterior term
     clip_threshold: float | None = None  # zeta, of candidates' L_BC (default: batch's 0.9 quantile)
-    anchor: Literal["kept", "all"] = "kept"  # M-step clones demonstrations, successes; or all steps
+    anchor: Literal["kept", "all"] = "kept"  # M-step clones all but own failures, or all
     # evaluation
     eval_interval: int = 2_500  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
     evaluate: Path | None = None  # evaluate this policy file instead of training
-    capture_video: bool = False  # record evaluations as MP4
+    capture_video: bool = False  # record episodes 0, 1, 8, 27, ... of evaluations as MP4
 
 
-MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "posterior_coef"]  # other numbers may not
+MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "posterior_coef"]  # other numbers: above 0
 
 
 def check_method(args: Args):
-    """Raises: UserError for settings with which this method has no meaning."""
+    """Raises: UserError for settings that make no sense for this method."""
     require(args.num_candidates >= 2, "--num-candidates must be at least 2.")
     require(args.effective_samples < 1, "--effective-samples must be below 1.")
 
@@ -129,7 +129,7 @@ class FlowPolicy(nn.Module):
         for in_dim in (obs_dim + chunk_dim + 1, hidden_dim, hidden_dim):
             layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Dropout(0.1)]
         self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, chunk_dim))
-        self.eval()  # dropout is for cloning alone: few demonstrations are soon learned by heart
+        self.eval()  # dropout is for cloning alone, which overfits few demonstrations
 
     def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The flow's velocity v(x, t, s). Args: x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
@@ -159,7 +159,7 @@ class FlowPolicy(nn.Module):
 
 
 class CriticEnsemble(nn.Module):
-    """M independent Q(s, chunk), of rewards scaled so that the largest has magnitude 1. MLPs with
+    """M independent Q(s, chunk), of rewards scaled so that the largest of the first is 1. MLPs with
     LayerNorm in the hidden layers; `encode` as in FlowPolicy."""
     def __init__(self, obs_dim: int, chunk_dim: int, num_critics: int, hidden_dim: int = 256):
         super().__init__()
@@ -181,7 +181,7 @@ class CriticEnsemble(nn.Module):
         values = []
         for layers, head in zip(self.hidden, self.heads):
             hidden = layers(x).float()
-            with torch.autocast(x.device.type, enabled=False):  # bfloat16 rounds -20.06 to -20.0
+            with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for Q
                 values.append(head(hidden).squeeze(1))
         return torch.stack(values)
 
@@ -241,7 +241,7 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
     with torch.no_grad(), mixed_precision(args, device):
         next_chunk = policy.sample(policy.encode(batch.next_obs))
         critic_features = target_critic.encode(batch.next_obs)
-        next_q = target_critic(critic_features, next_chunk).mean(0)  # (B,), not the minimum
+        next_q = target_critic(critic_features, next_chunk).mean(0)  # (B,), the critics' mean
         reward = critic.reward_scale * batch.reward
         target = td_target(reward, next_q, batch.terminated, args.gamma, args.chunk_size)
 
@@ -263,14 +263,14 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
     Returns: metrics."""
     device = batch.obs.device
     N = args.num_candidates
-    order = torch.rand(len(batch.obs), device=device).argsort()  # own, then demonstrations: mix
+    order = torch.rand(len(batch.obs), device=device).argsort()  # own half, then demos
     states = order[: args.posterior_batch_size]
     with mixed_precision(args, device):
         features = policy.encode(batch.obs)  # (B, F)
     candidate_features = features[states].repeat_interleave(N, dim=0)  # (S * N, F)
 
-    # E-step: candidates of the current policy, weighed by the target critics. They take 2 K steps:
-    # with K, samples spread less than the flow does, and every update would narrow the policy
+    # E-step: candidates of the current policy, weighed by the target critics. In 2 K steps: K steps
+    # spread them less than the exact flow does, so each update would narrow the policy
     with torch.no_grad(), mixed_precision(args, device):
         candidates = policy.sample(candidate_features, flow_steps=2 * args.flow_steps)
         critic_features = target_critic.encode(batch.obs[states]).repeat_interleave(N, dim=0)
@@ -283,7 +283,7 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
         candidate_losses = policy.bc_loss(candidate_features, candidates).view(q.shape)
         bc_losses = policy.bc_loss(features, batch.chunk, batch.valid)
     clip_threshold = args.clip_threshold or bc_losses.detach().quantile(0.9)
-    if args.anchor == "kept":  # all, where nothing is to be kept
+    if args.anchor == "kept":  # but all, in a batch where every episode failed
         kept = torch.where(batch.kept.any(), batch.kept, 1.0)
         bc_losses = bc_losses * kept / kept.mean()
     loss = poco_loss(candidate_losses, weights, bc_losses, args.posterior_coef, clip_threshold)
@@ -325,15 +325,15 @@ def draw_batch(buffer: ReplayBuffer, demo_buffer: ReplayBuffer, batch_size: int)
     there is none of the other."""
     kinds = [kind for kind in (buffer, demo_buffer) if len(kind) > 0]
     batches = [kind.sample(batch_size // len(kinds)) for kind in kinds]
-    return Batch(*map(torch.cat, zip(*batches, strict=True)))
+    return Batch(*map(torch.cat, zip(*batches)))
 
 
 def train(args: Args, make_networks=make_networks):
     """Clones demonstrations, then improves the policy online: act, store, learn, evaluate.
     Args: make_networks, another one to bring your own policy or critics."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    env = Environment(args, first_seed=0)  # for its spaces; what fails, fails before the cloning
-    env.set_chunk(torch.zeros(env.action_dim))
+    env = Environment(args, first_seed=0)  # for its spaces
+    env.set_chunk(torch.zeros(env.action_dim))  # what fails, fails before the cloning
     env.step()
     env.close()
     demos = load_demonstrations(args, env)
@@ -380,8 +380,8 @@ def train(args: Args, make_networks=make_networks):
     if not args.resume:
         run.save(step, critic_updates)
     run.open(step)
-    if not run.rows:  # single samples: so far, the critics know demonstrations alone
-        metrics = evaluate(policy, target_critic, replace(args, best_of_n=1), run.folder, "clone")
+    if not run.rows:  # not yet evaluated; of single samples, as the critics are not ready
+        metrics = evaluate(policy, target_critic, replace(args, best_of_n=1), run.folder, "step 0")
         run.write_row(step, metrics)
 
     # online: act, store, learn; then evaluate
@@ -397,7 +397,7 @@ def train(args: Args, make_networks=make_networks):
             if not env.chunk:
                 obs = env.observation()
                 env.set_chunk(choose_chunk(policy, target_critic, obs, args.best_of_n))
-            for episode in env.step():
+            for episode in env.step():  # at most one; the next has begun
                 buffer.add(episode)
                 run.record_episode(episode)
             step += 1
@@ -406,7 +406,7 @@ def train(args: Args, make_networks=make_networks):
             if len(buffer) + len(demo_buffer) >= args.batch_size:
                 if critic_updates == 0 and not demos and not args.policy:
                     fit_normalizers(networks, buffer)
-                fit_reward_scale(critic, target_critic, buffer)
+                fit_reward_scale(critic, target_critic, buffer)  # once there is a reward
                 updates_before = int((step - 1) * args.utd_ratio)
                 for _ in range(updates_before, int(step * args.utd_ratio)):
                     batch = draw_batch(buffer, demo_buffer, args.batch_size)
@@ -415,13 +415,13 @@ def train(args: Args, make_networks=make_networks):
                     )
                     run.record(metrics)
                     critic_updates += 1
-                    if critic_updates > args.critic_warmup:  # of a run without demonstrations
+                    if critic_updates > args.critic_warmup:  # always so after an offline phase
                         metrics = policy_step(policy, target_critic, policy_optimizer, batch, args)
                         run.record(metrics)
             if step % args.log_interval == 0 and step < stop:
                 run.write_row(step, {})
 
-        # the unfinished episode is kept as far as it got; a resumed run begins anew here, too
+        # the unfinished episode is kept as far as it got; a resumed run also begins a new one
         for episode in env.close():
             buffer.add(episode)
         metrics = evaluate(policy, target_critic, args, run.folder, f"step {step}")
@@ -446,7 +446,7 @@ class Batch(NamedTuple):
     reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
     next_obs: Tensor  # (B, O) after the last valid step
     terminated: Tensor  # (B,) 1 if that step terminated
-    kept: Tensor  # (B,) 0 if the episode failed, 1 also if that is not reported
+    kept: Tensor  # (B,) 0 if the episode is reported to have failed, else 1
     valid: Tensor  # (B, T) 1 up to the episode's end
 
 
@@ -457,7 +457,7 @@ class ReplayBuffer:
         self.capacity = capacity
         self.chunk_size = args.chunk_size
         self.gamma = args.gamma
-        self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, its end terminates, kept, left
+        self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, terminates, kept, steps left
         obs = np.zeros((capacity, *env.obs_space.shape), env.obs_space.dtype)
         steps = np.zeros((capacity, sum(self.widths)), np.float32)
         self.obs = torch.from_numpy(obs).to(device)
@@ -474,7 +474,7 @@ class ReplayBuffer:
         return len(self.starts())
 
     def add(self, episode):
-        """Writes an episode over the oldest rows, of one longer than the buffer its end."""
+        """Writes an episode over the oldest rows; if it is longer than the buffer, only its end."""
         left = np.arange(len(episode.rewards), 0, -1)
         ones = np.ones(len(left))
         terminates = ones * episode.terminated
@@ -491,7 +491,7 @@ class ReplayBuffer:
         self.size = min(self.size + len(obs), self.capacity)
 
     def sample(self, batch_size):
-        """Windows that start in any step with equal probability."""
+        """Windows that start at uniformly drawn steps."""
         device = self.obs.device
         starts = self.starts()
         start = starts[torch.randint(len(starts), (batch_size,), device=device)]
@@ -501,7 +501,7 @@ class ReplayBuffer:
         actions, rewards, terminates, kept, left = steps.split(self.widths, dim=2)
         left = left[:, 0]  # (B, 1)
         valid = (i < left).float()  # (B, T)
-        filler = actions.roll(1, dims=0)  # of another window: after the end, all are worth the same
+        filler = actions.roll(1, dims=0)  # of another window: Q must not depend on them
         chunk = torch.where(valid[..., None] > 0, actions, filler).flatten(1)
         discount = valid * self.gamma**i
         reward = (rewards[..., 0] * discount).sum(1)
@@ -535,7 +535,7 @@ def fit_normalizers(networks, buffer):
     lost = std <= 1e-7 * size
     jitter = std < 1e-4 * std[~lost].median()
     if (lost & ~jitter & (std > 1e-12 * size)).any():
-        tqdm.write("observations vary by less than float32 resolves: take off their offset")
+        tqdm.write("observations vary by less than float32 resolves: subtract their offset first")
     std[lost | jitter] = 1
     for module in nn.ModuleList(networks.values()).modules():
         if isinstance(module, Normalizer):
@@ -593,7 +593,7 @@ class Environment:
         self.chunk = []
 
     def observation(self):
-        """Returns: (1, O), with numbers for NaN and infinity, which later cost the episode."""
+        """Returns: (1, O), finite; an episode with NaN or infinity is later left out."""
         obs = np.nan_to_num(self.obs[-1])
         return torch.as_tensor(obs)[None]
 
@@ -603,7 +603,7 @@ class Environment:
         self.chunk = list(actions)
 
     def step(self):
-        """Takes the chunk's next action. Returns: a list of the episode, if it ended thereby."""
+        """Takes the chunk's next action. Returns: a list of the episode, if it has just ended."""
         action = self.chunk.pop(0)
         returned = "observation, reward, terminated, truncated and an info with numbers"
         with explained(f"{self.name} failed in step, which returns {returned}"):
@@ -782,7 +782,7 @@ class Run:
         self.start_time = time.time()
 
     def open(self, step):
-        """Starts the progress bar, and sees to it that the end says what to type next."""
+        """Starts the progress bar. At exit, what to type next is printed."""
         resume = f"python {METHOD}.py --resume {self.folder}"
         evaluate = f"python {METHOD}.py --evaluate {self.folder}/policy.pt"
         atexit.register(print, f"{resume}\n{evaluate}")
@@ -818,7 +818,7 @@ class Run:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
-        for name, value in means.items():  # gradient_step kept it from the weights
+        for name, value in means.items():  # gradient_step kept it out of the weights
             lost = name.startswith("losses/") and not math.isfinite(value)
             require(not lost, f"{name} became NaN or infinite")
 
@@ -837,10 +837,10 @@ class Run:
         save_file(self.folder / "checkpoint.pt", self.args, content)
 
     def load_checkpoint(self):
-        """Loads all but optimisers' settings, which may be typed. Returns: step, critic_updates."""
+        """Loads all but optimisers' settings, which may change. Returns: step, critic_updates."""
         _, content = read_file(self.folder / "checkpoint.pt")
         method = content["method"]
-        require(method == METHOD, f"this run goes on by python {method}.py --resume {self.folder}")
+        require(method == METHOD, f"resume this run with python {method}.py --resume {self.folder}")
         with explained(f"{self.folder} does not fit these arguments"):
             for name, state in content["learner"].items():
                 part = self.learner[name]
@@ -869,7 +869,7 @@ def save_file(path, args, content):
 
 def read_file(path):
     """Returns: arguments, content. Raises: UserError."""
-    with explained(f"{path} is not there, damaged, or not of these scripts"):
+    with explained(f"{path} is not there, damaged, or not written by these scripts"):
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         args = Args()
         for name, value in content["args"].items():
@@ -902,7 +902,7 @@ def mixed_precision(args, device):
 
 
 def gradient_step(optimizer, loss):
-    """A step of any optimiser, without what is not finite. Returns: the norm, with all of it."""
+    """A step of any optimiser, gradients that are not finite set to 0. Returns: the norm before."""
     optimizer.zero_grad()
     loss.backward()
     gradients = []
@@ -970,9 +970,9 @@ def main(make_networks=make_networks):
             saved, _ = read_file(file)
             args = tyro.cli(Args, default=saved)
         if args.resume:
-            for name in ("env_id", "dataset", "num_demos", "policy"):
+            for name in ("env_id", "dataset", "num_demos", "policy", "seed"):
                 before = getattr(saved, name)
-                require(getattr(args, name) == before, f"This run has {name} {before}.")
+                require(getattr(args, name) == before, f"--resume: {name} must stay {before}.")
         check(args)
         torch.set_num_threads(args.torch_threads or min(4, torch.get_num_threads()))
         if not args.evaluate:
