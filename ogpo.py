@@ -82,7 +82,7 @@ class Args:
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 1  # act with the best of n candidates by the target critics
     # OGPO
-    policy_start: int = 2_000  # steps before the policy's first update; the critics learn meanwhile
+    policy_start: int = 6_000  # steps before the policy's first update; the critics learn meanwhile
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # S, states of a batch that get a group of chains
     sigma: float = 1.0  # noise of the stochastic sampler
