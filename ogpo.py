@@ -62,7 +62,7 @@ class Args:
     # task and data
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
     dataset: str = "demos"  # file.npz, Minari id, none, or demos: the task's file in demos/
-    num_demos: int | None = None  # most episodes of the dataset, drawn by --seed (default: all)
+    num_demos: int | None = None  # use at most this many episodes, drawn by --seed (default: all)
     success_at: Literal["end", "any"] = "end"  # which step's success counts: the last, or any
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
@@ -73,7 +73,7 @@ class Args:
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
-    critic_warmup: int = 3_000  # critics' updates alone: offline, or POCO's first without data
+    critic_warmup: int = 3_000  # updates of the critics alone; without data, POCO's are online
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     buffer_size: int = 1_000_000  # observations in the replay buffer
@@ -166,7 +166,7 @@ class FlowPolicy(nn.Module):
 
 
 class CriticEnsemble(nn.Module):
-    """M independent Q(s, chunk), of rewards scaled so that the largest of the first is 1. MLPs with
+    """M independent Q(s, chunk), of rewards scaled by the largest of the first. MLPs with
     LayerNorm in the hidden layers; `encode` as in FlowPolicy."""
     def __init__(self, obs_dim: int, chunk_dim: int, num_critics: int, hidden_dim: int = 256):
         super().__init__()
@@ -703,7 +703,7 @@ class Environment:
         self.chunk = list(actions)
 
     def step(self):
-        """Takes the chunk's next action. Returns: a list of the episode, if it has just ended."""
+        """Takes the chunk's next action. Returns: a list of the episode, if it ended; the next began."""
         action = self.chunk.pop(0)
         returned = "observation, reward, terminated, truncated and an info with numbers"
         with explained(f"{self.name} failed in step, which returns {returned}"):
@@ -866,7 +866,7 @@ def read_minari(dataset_id, success_at):
 
 # Run folder
 class Run:
-    """A run's record and folder: metrics.csv, policy.pt and checkpoint.pt, which has everything.
+    """A run's record and folder: metrics.csv, policy.pt, and checkpoint.pt for --resume.
     Args: learner, everything with a state dict that a checkpoint holds, by name."""
     def __init__(self, args, learner):
         moment = time.strftime("%Y%m%d-%H%M%S")
