@@ -603,7 +603,7 @@ class Environment:
         self.chunk = list(actions)
 
     def step(self):
-        """Takes the chunk's next action. Returns: a list of the episode, if it ended; the next began."""
+        """Takes the chunk's next action. Returns: a list of the episode, if it has just ended."""
         action = self.chunk.pop(0)
         returned = "observation, reward, terminated, truncated and an info with numbers"
         with explained(f"{self.name} failed in step, which returns {returned}"):
