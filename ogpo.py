@@ -55,7 +55,6 @@ class Args:
     seed: int = 1  # seed of everything random
     torch_threads: int | None = None  # CPU threads (default: torch's choice, but at most 4)
     bf16: bool = True  # bfloat16 in the updates if the hardware has it; never in cloning
-    compile: bool = False  # torch.compile the updates, but not cloning
     log_interval: int = 500  # steps between rows of metrics.csv
     resume: Path | None = None  # go on with the run in this folder
     policy: str | None = None  # start from a policy file of either script instead of cloning
@@ -434,9 +433,6 @@ def train(args: Args, make_networks=make_networks):
     actors = Actors(policy, old_policy, slow_policy)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.ppo_learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
-    compiled = partial(torch.compile, mode="reduce-overhead", disable=not args.compile)
-    critic_step = compiled(update_critic)
-    policy_step = compiled(update_policy)
     buffer = ReplayBuffer(args, env, args.buffer_size, device)
     num_rows = sum(len(demo.obs) for demo in demos)
     demo_buffer = ReplayBuffer(args, env, num_rows, device)
@@ -467,7 +463,7 @@ def train(args: Args, make_networks=make_networks):
         fit_reward_scale(critic, target_critic, demo_buffer)
         for _ in progress(range(args.critic_warmup), "critics"):
             batch = demo_buffer.sample(args.batch_size)
-            metrics = critic_step(policy, critic, target_critic, critic_optimizer, batch, args)
+            metrics = update_critic(policy, critic, target_critic, critic_optimizer, batch, args)
             run.record(metrics)
             critic_updates += 1
     if not args.resume:
@@ -505,7 +501,7 @@ def train(args: Args, make_networks=make_networks):
                 updates_before = int((step - 1) * args.utd_ratio)
                 for _ in range(updates_before, int(step * args.utd_ratio)):
                     batch = buffer.sample(args.batch_size)
-                    metrics = critic_step(
+                    metrics = update_critic(
                         policy, critic, target_critic, critic_optimizer, batch, args
                     )
                     run.record(metrics)
@@ -514,7 +510,7 @@ def train(args: Args, make_networks=make_networks):
                         successes = None
                         if len(success_buffer) >= args.batch_size:
                             successes = success_buffer.sample(args.batch_size)
-                        metrics = policy_step(
+                        metrics = update_policy(
                             actors, target_critic, policy_optimizer, batch, successes, args
                         )
                         run.record(metrics)
@@ -785,16 +781,21 @@ def load_demonstrations(args, env):
         return []
     if path == "demos":
         path = f"{Path(__file__).parent}/demos/{args.env_id}.npz"
-    read = read_npz if path.endswith(".npz") else read_minari
+    read = read_minari
+    if path.endswith(".npz"):
+        read = read_npz
+    elif path.startswith("ogbench:"):
+        read = read_ogbench
     episodes = []
-    takes = "--dataset takes a file.npz, a Minari id, demos or none"
+    takes = "--dataset takes a file.npz, ogbench:name, a Minari id, demos or none"
     with explained(f"{takes}; {path} cannot be used"):
         usable = Path(path).suffix in ("", ".npz")
         require(usable, "benchmark/README.md converts other files")
         for obs, actions, rewards, *end in read(path, args.success_at):
             n = len(rewards)
             where = f"episode {len(episodes)}"
-            require(n <= env.limit, f"{where} exceeds the environment's {env.limit} steps")
+            plausible = n <= env.limit or read is read_ogbench  # play has no limit
+            require(plausible, f"{where} exceeds the environment's {env.limit} steps")
             obs = obs.reshape(n + 1, *env.obs_space.shape)
             actions = actions.reshape(n, *env.box.shape)
             actions = 2 * (actions - env.box.low) / env.width - 1
@@ -813,16 +814,32 @@ def load_demonstrations(args, env):
 
 
 def read_npz(path, success_at):
+    """Episodes of a file of D4RL's columns."""
+    with np.load(path, allow_pickle=False) as file:  # objects could run code
+        return list(cut(dict(file), success_at))
+
+
+def read_ogbench(path, success_at):
+    """Episodes of an OGBench data set with a task in its name. There, terminals are the ends of
+    trajectories, and where masks is 0 the task is solved."""
+    require(importlib.util.find_spec("ogbench"), "it needs pip install ogbench")
+    import ogbench
+    _, columns, _ = ogbench.make_env_and_datasets(path.removeprefix("ogbench:"))
+    columns["timeouts"] = columns["terminals"]
+    columns["terminals"] = columns["masks"] == 0
+    return cut(columns, success_at)
+
+
+def cut(columns, success_at):
     """Cuts D4RL's flat columns, a row a step, into Trajectories. Without next_observations the
     row at a time limit only shows where the episode ended."""
-    with np.load(path, allow_pickle=False) as file:  # objects could run code
-        obs = file["observations"]
-        actions = file["actions"]
-        rewards = file["rewards"]
-        terminals = file["terminals"].ravel() > 0
-        ends = terminals | (file["timeouts"].ravel() > 0)
-        next_obs = file.get("next_observations")
-        success = file.get("success", np.full(len(obs), math.nan)).ravel()
+    obs = columns["observations"]
+    actions = columns["actions"]
+    rewards = columns["rewards"]
+    terminals = columns["terminals"].ravel() > 0
+    ends = terminals | (columns["timeouts"].ravel() > 0)
+    next_obs = columns.get("next_observations")
+    success = columns.get("success", np.full(len(obs), math.nan)).ravel()
     for column in (actions, rewards, ends, success):
         require(len(column) == len(obs), "columns differ in their numbers of rows")
     require(ends.any(), "terminals and timeouts mark no end")
@@ -890,8 +907,8 @@ class Run:
 
     def record(self, values):
         """Adds to the means of the next row."""
-        for name, value in values.items():  # summed at once: a CUDA graph reuses their memory
-            self.sums[name] = self.sums[name] + value
+        for name, value in values.items():
+            self.sums[name] += value
             self.counts[name] += 1
 
     def record_episode(self, episode):

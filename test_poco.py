@@ -48,7 +48,7 @@ def prepared(tmp_path, monkeypatch):
 OWN = {"METHOD", "Args", "check_method", "update_critic", "update_policy", "train", "posterior_weights"}
 OWN |= {"adaptive_temperature", "poco_loss", "draw_batch", "reduce_next_q", "chain_step", "sample_chain"}
 OWN |= {"chain_log_prob", "group_advantage", "chi2_penalised_q", "ppo_loss", "Actors", "MAY_BE_ZERO"}
-LIMITS = {poco: (990, 430), ogpo: (1090, 530)}  # lines, last line of train
+LIMITS = {poco: (1010, 430), ogpo: (1110, 530)}  # lines, last line of train
 
 
 def test_what_both_scripts_share_is_identical_to_the_letter():
@@ -78,7 +78,7 @@ def test_common_arguments_have_the_same_order_type_default_and_comment():
 
 
 def test_a_file_can_be_read_in_one_sitting():
-    longest = {"test_poco.py": 1350, "README.md": 200, "speed.py": 300}
+    longest = {"test_poco.py": 1365, "README.md": 200, "speed.py": 300}
     for script, (lines, end_of_train) in LIMITS.items():
         longest[Path(script.__file__).name] = lines
         body = ast.parse(Path(script.__file__).read_text()).body
@@ -863,15 +863,6 @@ def test_a_run_is_the_same_at_any_scale_of_rewards(factor):
     assert scaled == pytest.approx(one * factor, rel=1e-3)
 
 
-def test_compiled_updates_are_the_same(monkeypatch):
-    traced = functools.partial(torch.compile, backend="eager")  # traced, but no compiler is needed
-    monkeypatch.setattr(torch, "compile", lambda f, mode, disable: traced(f, disable=disable))
-    settings = {"hidden_dim": 8, "total_timesteps": 180, "eval_interval": 90}
-    eager, compiled = small_run(ogpo, "one", **settings), small_run(ogpo, "two", compile=True, **settings)
-    a, b = rows_of(eager)[-1], rows_of(compiled)[-1]
-    assert all(a[name] == b[name] or float(b[name]) == pytest.approx(float(a[name]), rel=1e-3) for name in a)
-
-
 @both_scripts
 def test_no_step_of_experience_is_lost(script):
     settings = {"eval_interval": 28, "total_timesteps": 168, "eval_episodes": 1}
@@ -1177,14 +1168,6 @@ def test_bfloat16_gives_nearly_the_same_update(monkeypatch):
     assert results[0] != results[1] and results[0] == pytest.approx(results[1], rel=0.05)
 
 
-def test_recorded_metrics_do_not_change_when_a_cuda_graph_writes_over_them():
-    run, value = poco.Run(Args(), {"buffer": []}), torch.ones(())
-    for result in (1.0, 2.0, 6.0):
-        value.fill_(result)  # what a replay does
-        run.record({"losses/qf_loss": value})
-    assert run.sums["losses/qf_loss"] / run.counts["losses/qf_loss"] == 3
-
-
 # Data
 @pytest.fixture
 def recorded():
@@ -1329,6 +1312,34 @@ def test_success_in_minari_is_read_as_in_an_environment(success_at, expected, mo
     monkeypatch.setattr(poco.importlib.util, "find_spec", lambda name: minari)
     (read,) = poco.read_minari("a/b-v0", success_at)
     assert read.success == expected
+
+
+def test_ogbench_data_end_where_the_task_is_solved(tmp_path, monkeypatch):
+    """Two trajectories of play in the package's file layout; the task is solved in row 4 of the second."""
+    pytest.importorskip("ogbench")
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the package keeps its data
+    folder = tmp_path / ".ogbench/data"
+    folder.mkdir(parents=True)
+    solved = gym.make("ogbench:cube-single-singletask-task1-v0")
+    solved.reset()
+    goal = solved.unwrapped._data.mocap_pos[0]
+    rng = np.random.default_rng(0)
+    ends = np.arange(24) % 12 == 11
+    columns = {"observations": rng.normal(size=(24, 28)), "actions": rng.uniform(-1, 1, (24, 5))}
+    columns |= {"terminals": ends, "qpos": np.full((24, 21), 9.0), "qvel": np.zeros((24, 20))}
+    columns["qpos"][16, 14:17] = goal
+    for suffix in ("", "-val"):
+        np.savez(folder / f"cube-single-play-v0{suffix}.npz", **columns)
+    name = "cube-single-play-singletask-task1-v0"
+    demos = load_demos(Args(env_id=f"ogbench:{name.replace('-play', '')}", dataset=f"ogbench:{name}"))
+    obs = columns["observations"].astype(np.float32)
+    expected = [(0, 11, False), (12, 17, True), (17, 23, False)]  # the last row of 12 is no step
+    for demo, (start, end, terminated) in zip(demos, expected, strict=True):
+        np.testing.assert_array_equal(demo.obs, obs[start : end + 1])
+        np.testing.assert_allclose(demo.actions, columns["actions"][start:end], atol=1e-6)
+        steps = np.arange(start, end)
+        np.testing.assert_array_equal(demo.rewards, np.where(steps == 16, 0, -1))
+        assert demo.terminated == terminated
 
 
 # Pictures, README

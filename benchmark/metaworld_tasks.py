@@ -7,7 +7,8 @@
 
 Goal and object are drawn by the seed of each reset, and are in the observation. The reward is -1
 until the task is solved, which ends the episode, as do 200 steps. The task three-tasks has the
-index of the task, one-hot, in the observation. Meta-World's own ids ignore the seed.
+index of the task, one-hot, in the observation. button-press-dense-v0 and so on have the package's
+own reward, from 0 to 10, as reward / 10 - 1. Meta-World's own ids ignore the seed.
 """
 
 import sys
@@ -37,8 +38,9 @@ class Args:
 
 class Tasks(gym.Env):
     """One task or several, of which each reset draws one."""
-    def __init__(self, names, render_mode=None):
+    def __init__(self, names, dense=False, render_mode=None):
         self.names = names
+        self.dense = dense
         self.envs = []
         for name in names:
             make = ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE[name + SUFFIX]
@@ -67,9 +69,10 @@ class Tasks(gym.Env):
         return self.flat(self.obs), info
 
     def step(self, action):
-        self.obs, _, _, truncated, info = self.env.step(action)
+        self.obs, reward, _, truncated, info = self.env.step(action)
         success = info["success"] > 0
-        return self.flat(self.obs), success - 1.0, success, truncated, {"success": success}
+        reward = reward / 10 - 1 if self.dense else success - 1.0
+        return self.flat(self.obs), reward, success, truncated, {"success": success}
 
     def render(self):
         return self.env.render()
@@ -80,7 +83,9 @@ class Tasks(gym.Env):
 
 
 for task in NAMES:
-    gym.register(f"{task}-v0", Tasks, max_episode_steps=200, kwargs={"names": (task,)})
+    names = {"names": (task,)}
+    gym.register(f"{task}-v0", Tasks, max_episode_steps=200, kwargs=names)
+    gym.register(f"{task}-dense-v0", Tasks, max_episode_steps=200, kwargs=names | {"dense": True})
 gym.register("three-tasks-v0", Tasks, max_episode_steps=200, kwargs={"names": THREE})
 
 

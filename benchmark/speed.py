@@ -1,7 +1,7 @@
 """Times the updates of poco.py and ogpo.py: POCO's beside its twin in JAX, both against a limit.
 
     pip install -r benchmark/requirements.txt
-    python benchmark/speed.py                 all sizes; on a GPU eager and compiled, without JAX
+    python benchmark/speed.py                 all sizes; on a GPU without JAX
     taskset -c 0 python benchmark/speed.py    on one core, torch and JAX alike
 
 The limit is the time of an update's matrix products alone, at the rate of a large one. Leave the
@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -65,9 +65,6 @@ class Learner:
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.policy_optimizer = adam(policy.parameters())
         self.critic_optimizer = adam(critic.parameters())
-        compiled = partial(torch.compile, mode="reduce-overhead", disable=not args.compile)
-        self.critic_step = compiled(self.script.update_critic)
-        self.policy_step = compiled(self.script.update_policy)
         self.batch = random_batch(args, device)
         self.actors = policy
         self.batches = [self.batch]
@@ -78,9 +75,9 @@ class Learner:
     def update(self):
         """One of the critics, then one of the policy. Returns: metrics."""
         networks = (self.policy, self.critic, self.target_critic)
-        metrics = self.critic_step(*networks, self.critic_optimizer, self.batch, self.args)
+        metrics = self.script.update_critic(*networks, self.critic_optimizer, self.batch, self.args)
         parts = (self.actors, self.target_critic, self.policy_optimizer)
-        return metrics | self.policy_step(*parts, *self.batches, self.args)
+        return metrics | self.script.update_policy(*parts, *self.batches, self.args)
 
 
 def random_batch(args, device):
@@ -160,10 +157,6 @@ def time_size(name, device, rate, rounds, twin):
     flops = matmul_flops(learner)
     limit = flops / rate
     calls = {"torch": learner.update}
-    if device == "cuda":
-        torch.compiler.reset()
-        compiled = replace(SIZES[name], compile=True)
-        calls["torch --compile"] = Learner(compiled, device).update
     if twin and learner.script is poco:
         calls["JAX"] = twin.Twin(learner).step
     times = median_seconds(calls, rounds)
