@@ -60,8 +60,8 @@ class Args:
     policy: str | None = None  # start from a policy file of either script instead of cloning
     # task and data
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
-    dataset: str = "demos"  # file.npz, Minari id, none, or demos: the task's file in demos/
-    num_demos: int | None = None  # use at most this many episodes, drawn by --seed (default: all)
+    dataset: str = "demos"  # file.npz, ogbench:name, Minari id, none; demos: the task's in demos/
+    num_demos: int | None = None  # at most so many, drawn by --seed (default: 20 of demos/, or all)
     success_at: Literal["end", "any"] = "end"  # which step's success counts: the last, or any
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
@@ -72,14 +72,14 @@ class Args:
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
-    critic_warmup: int = 3_000  # updates of the critics alone; without data, POCO's are online
+    critic_warmup: int = 1_000  # updates of the critics alone; without data, POCO's are online
     # online phase
     total_timesteps: int = 20_000  # online environment steps
     buffer_size: int = 1_000_000  # observations in the replay buffer
-    utd_ratio: float = 0.5  # gradient updates per step
+    utd_ratio: float = 0.25  # gradient updates per step
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
-    best_of_n: int = 1  # act with the best of n candidates by the target critics
+    best_of_n: int = 4  # act with the best of n candidates by the target critics
     # POCO
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # S, states of a batch that get an E-step, drawn at random
@@ -105,27 +105,50 @@ def check_method(args: Args):
 
 
 # Networks
-class Normalizer(nn.Module):
-    """Shifts and scales observations by the data's statistics, which travel in the state dict."""
-    def __init__(self, obs_dim: int):
+class Encoder(nn.Module):
+    """Features (B, F). Vectors are shifted and scaled by the data's statistics, which travel in the
+    state dict. Images pass DQN's convolutions (Mnih et al., 2015): on a CPU those of DrQ-v2 would
+    take seven times as long. Args: obs_space, of vectors and images."""
+    def __init__(self, obs_space: gym.Space, image_features: int = 64):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(obs_dim))
-        self.register_buffer("std", torch.ones(obs_dim))
+        self.layout = Layout(obs_space)
+        self.register_buffer("mean", torch.zeros(self.layout.vector_size))
+        self.register_buffer("std", torch.ones(self.layout.vector_size))
+        self.convolutions = nn.ModuleList()
+        for frames, height, width, colors in self.layout.image_shapes.values():
+            channels = frames * colors
+            image = torch.zeros(1, channels, height, width)
+            layers = []
+            for out_channels, kernel_size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+                layers += [nn.Conv2d(channels, out_channels, kernel_size, stride), nn.SiLU()]
+                channels = out_channels
+            convolution = nn.Sequential(*layers, nn.Flatten())
+            num_pixels = convolution(image).shape[1]
+            convolution.append(nn.Linear(num_pixels, image_features))
+            convolution.append(nn.LayerNorm(image_features))
+            self.convolutions.append(convolution)
+        self.feature_dim = self.layout.vector_size + image_features * len(self.convolutions)
 
     def forward(self, obs: Tensor) -> Tensor:
-        return ((obs - self.mean) / self.std).clamp(-10, 10).float()
+        vectors, images = self.layout.split(obs)
+        vectors = vectors.nan_to_num()  # such an episode is left out, but acted in
+        features = [((vectors - self.mean) / self.std).clamp(-10, 10).float()]
+        for convolution, image in zip(self.convolutions, images):
+            pixels = image.movedim(4, 2).flatten(1, 2).float()  # (B, frames * colors, H, W)
+            features.append(convolution(pixels / 255 - 0.5))
+        return torch.cat(features, dim=1)
 
 
 class FlowPolicy(nn.Module):
     """Flow matching over action chunks, along straight lines from noise (t = 0) to chunk (t = 1).
     `encode` turns observations into features (B, F), once per state; the rest works on features."""
-    def __init__(self, obs_dim: int, chunk_dim: int, hidden_dim: int = 256, flow_steps: int = 5):
+    def __init__(self, encode: nn.Module, chunk_dim: int, hidden_dim=256, flow_steps=5):
         super().__init__()
         self.chunk_dim = chunk_dim
         self.flow_steps = flow_steps
-        self.encode = Normalizer(obs_dim)
+        self.encode = encode
         layers = []
-        for in_dim in (obs_dim + chunk_dim + 1, hidden_dim, hidden_dim):
+        for in_dim in (encode.feature_dim + chunk_dim + 1, hidden_dim, hidden_dim):
             layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Dropout(0.1)]
         self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, chunk_dim))
         self.eval()  # dropout is for cloning alone, which overfits few demonstrations
@@ -160,15 +183,15 @@ class FlowPolicy(nn.Module):
 class CriticEnsemble(nn.Module):
     """M independent Q(s, chunk), of rewards scaled by the largest of the first. MLPs with
     LayerNorm in the hidden layers; `encode` as in FlowPolicy."""
-    def __init__(self, obs_dim: int, chunk_dim: int, num_critics: int, hidden_dim: int = 256):
+    def __init__(self, encode: nn.Module, chunk_dim: int, num_critics: int, hidden_dim=256):
         super().__init__()
-        self.encode = Normalizer(obs_dim)
+        self.encode = encode
         self.register_buffer("reward_scale", torch.zeros(()))  # 0 until there is a reward
         self.hidden = nn.ModuleList()
         self.heads = nn.ModuleList()
         for _ in range(num_critics):
             layers = []
-            for in_dim in (obs_dim + chunk_dim, hidden_dim, hidden_dim):
+            for in_dim in (encode.feature_dim + chunk_dim, hidden_dim, hidden_dim):
                 norm = nn.LayerNorm(hidden_dim, elementwise_affine=False)
                 layers += [nn.Linear(in_dim, hidden_dim), norm, nn.SiLU()]
             self.hidden.append(nn.Sequential(*layers))
@@ -185,13 +208,12 @@ class CriticEnsemble(nn.Module):
         return torch.stack(values)
 
 
-def make_networks(args: Args, obs_space: gym.spaces.Box, action_dim: int):
+def make_networks(args: Args, obs_space: gym.Space, action_dim: int):
     """Returns: policy and critics. The updates use a policy's encode, bc_loss and sample, in OGPO
     also velocity, flow_steps and chunk_dim, and critics' encode, forward and reward_scale."""
-    obs_dim = math.prod(obs_space.shape)
     chunk_dim = args.chunk_size * action_dim
-    policy = FlowPolicy(obs_dim, chunk_dim, args.hidden_dim, args.flow_steps)
-    critic = CriticEnsemble(obs_dim, chunk_dim, args.num_critics, args.hidden_dim)
+    policy = FlowPolicy(Encoder(obs_space), chunk_dim, args.hidden_dim, args.flow_steps)
+    critic = CriticEnsemble(Encoder(obs_space), chunk_dim, args.num_critics, args.hidden_dim)
     return policy, critic
 
 
@@ -427,10 +449,91 @@ def train(args: Args, make_networks=make_networks):
         run.save(step, critic_updates)
 
 
+# Observations
+class Layout:
+    """How an observation lies in a row: vectors alone as they are; beside images in float32, as
+    bytes, and then the images. Args: space, a Box or Dict; images: uint8, (H, W, C) or stacked."""
+    def __init__(self, space):
+        self.space = space
+        self.parts = {"": space}
+        if isinstance(space, gym.spaces.Dict):
+            self.parts = space.spaces
+        self.vectors = {}
+        self.image_shapes = {}  # (frames, H, W, C) by name
+        for name, part in self.parts.items():
+            if part.dtype != np.uint8 or len(part.shape) < 3:
+                require(part.is_np_flattenable, f"{part} is not flat")
+                self.vectors[name] = part
+                continue
+            shape = (1, *part.shape)[-4:]
+            usable = min(shape[1:3]) >= 36 and shape[3] <= 4
+            require(usable, f"images are (H, W, C), 36 pixels or more, but not {part.shape}")
+            self.image_shapes[name] = shape
+        flat = [gym.spaces.flatten_space(part) for part in self.vectors.values()]
+        self.vector_size = sum(box.shape[0] for box in flat)
+        self.size = self.vector_size
+        self.dtype = np.dtype(np.uint8)
+        if self.image_shapes:
+            self.size = 4 * self.size + sum(map(math.prod, self.image_shapes.values()))
+        else:
+            self.dtype = np.result_type(*[box.dtype for box in flat])
+
+    def pack(self, obs):
+        """Returns: the row (size,)."""
+        obs = obs if isinstance(obs, dict) else {"": obs}
+        parts = [gym.spaces.flatten(part, obs[name]) for name, part in self.vectors.items()]
+        if self.image_shapes:
+            parts = [part.astype(np.float32).view(np.uint8) for part in parts]
+        for name in self.image_shapes:
+            parts.append(np.asarray(obs[name], np.uint8).ravel())
+        row = np.concatenate(parts)
+        require(row.shape == (self.size,), "the observation is not in its space")
+        return row
+
+    def pack_column(self, columns, key):
+        """Returns: rows (n, size) of a file, None if it has none. Vectors alone, or an image alone,
+        are the column key; of a Dict with images each part is one, key/name."""
+        if not self.image_shapes:
+            return columns.get(key)
+        keys = [f"{key}/{name}".removesuffix("/") for name in self.parts]
+        if not columns.keys() >= set(keys):
+            return None
+        observations = zip(*[columns[key] for key in keys])
+        return np.array([self.pack(dict(zip(self.parts, obs))) for obs in observations])
+
+    def split(self, rows):
+        """Args: rows (B, size). Returns: vectors (B, V), and views (B, frames, H, W, C)."""
+        if not self.image_shapes:
+            return rows, []
+        start = 4 * self.vector_size
+        vectors = rows[:, :start].contiguous().view(torch.float32)
+        images = []
+        for shape in self.image_shapes.values():
+            stop = start + math.prod(shape)
+            images.append(rows[:, start:stop].unflatten(1, shape))
+            start = stop
+        return vectors, images
+
+    def shift(self, rows):
+        """Moves each image by up to 4 pixels, its border repeated (DrQ-v2, arXiv 2107.09645)."""
+        _, images = self.split(rows)
+        for image in images:
+            places = []
+            for side in image.shape[2:4]:
+                offset = torch.randint(-4, 5, (len(rows), 1), device=rows.device)
+                place = torch.arange(side, device=rows.device) + offset
+                places.append(place.clamp(0, side - 1))
+            down, right = places  # (B, H), (B, W)
+            i = torch.arange(len(rows), device=rows.device)[:, None, None]
+            moved = image[i, :, down[:, :, None], right[:, None, :]]  # (B, H, W, frames, C)
+            image.copy_(moved.movedim(3, 1))
+        return rows
+
+
 # Replay buffer
 class Trajectory(NamedTuple):
     """One episode of n steps, of an environment or a file."""
-    obs: np.ndarray  # (n + 1, O), the one at the end included
+    obs: np.ndarray  # (n + 1, O), rows of Layout, the one at the end included
     actions: np.ndarray  # (n, A) in [-1, 1]
     rewards: np.ndarray  # (n,)
     terminated: bool  # False: cut off, by the time limit or an evaluation
@@ -449,14 +552,15 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """A ring of rows, one for each observation, with the dtype of its space. The next observation
+    """A ring of rows, one for each observation, with the dtype of its layout. The next observation
     is the next row's; the one at an episode's end has a row to itself, where no window starts."""
     def __init__(self, args, env, capacity, device="cpu"):
         self.capacity = capacity
         self.chunk_size = args.chunk_size
         self.gamma = args.gamma
         self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, terminates, kept, steps left
-        obs = np.zeros((capacity, *env.obs_space.shape), env.obs_space.dtype)
+        self.layout = env.layout
+        obs = np.zeros((capacity, env.layout.size), env.layout.dtype)
         steps = np.zeros((capacity, sum(self.widths)), np.float32)
         self.obs = torch.from_numpy(obs).to(device)
         self.steps = torch.from_numpy(steps).to(device)
@@ -506,8 +610,9 @@ class ReplayBuffer:
         reaches_end = left[:, 0] <= self.chunk_size
         terminated = terminates[:, 0, 0] * reaches_end
         after = (start + valid.sum(1).long()) % self.capacity
-        next_obs = self.obs[after]
-        return Batch(self.obs[start], chunk, reward, next_obs, terminated, kept[:, 0, 0], valid)
+        obs = self.layout.shift(self.obs[start])
+        next_obs = self.layout.shift(self.obs[after])
+        return Batch(obs, chunk, reward, next_obs, terminated, kept[:, 0, 0], valid)
 
     def state_dict(self):
         return {
@@ -525,9 +630,10 @@ class ReplayBuffer:
 
 
 def fit_normalizers(networks, buffer):
-    """Gives every Normalizer the buffer's statistics. What float32 does not resolve, or what only
+    """Gives every Encoder the buffer's statistics. What float32 does not resolve, or what only
     jitters beside the other entries, is not scaled. Args: networks, by name."""
-    obs = buffer.obs[: buffer.size].double()
+    vectors, _ = buffer.layout.split(buffer.obs[: buffer.size])
+    obs = vectors.double()
     size = obs.abs().amax(0)
     std = obs.std(0, correction=0)
     lost = std <= 1e-7 * size
@@ -536,7 +642,7 @@ def fit_normalizers(networks, buffer):
         tqdm.write("observations vary by less than float32 resolves: subtract their offset first")
     std[lost | jitter] = 1
     for module in nn.ModuleList(networks.values()).modules():
-        if isinstance(module, Normalizer):
+        if isinstance(module, Encoder):
             module.mean.copy_(obs.mean(0))
             module.std.copy_(std)
 
@@ -552,7 +658,7 @@ def fit_reward_scale(critic, target_critic, buffer):
 
 # Environment
 class Environment:
-    """A Gymnasium environment with flat observations and actions in [-1, 1], its episode so far,
+    """A Gymnasium environment with rows as observations, actions in [-1, 1], its episode so far,
     and what is left of its chunk. Episodes have the seeds first_seed, first_seed + 1, ..."""
     def __init__(self, args, first_seed, videos=None, **options):
         self.name = args.env_id
@@ -570,13 +676,12 @@ class Environment:
             env = gym.wrappers.TimeLimit(env, self.limit)
             if videos:
                 env = gym.wrappers.RecordVideo(env, videos, disable_logger=True)
-            env = gym.wrappers.FlattenObservation(env)
-            require(env.observation_space.shape, f"{env.observation_space} is not flat")
+            self.layout = Layout(env.observation_space)
             env = gym.wrappers.ClipAction(env)  # RescaleAction may round past the bounds
             env.action_space = self.box
             one = np.ones_like(self.box.high)
             self.env = gym.wrappers.RescaleAction(env, -one, one)
-        self.obs_space = env.observation_space
+        self.obs_space = self.layout.space
         self.action_dim = math.prod(self.box.shape)
         self.reset(first_seed)
 
@@ -584,16 +689,14 @@ class Environment:
         np.random.seed(seed)  # some environments draw from it
         with explained(f"{self.name} failed in reset, which returns observation and info"):
             obs, _ = self.env.reset(seed=seed)
-            require(obs.shape == self.obs_space.shape, "the observation is not in its space")
+            self.obs = [self.layout.pack(obs)]
         self.seed = seed
-        self.obs = [obs]
         self.steps = []
         self.chunk = []
 
     def observation(self):
-        """Returns: (1, O), finite; an episode with NaN or infinity is later left out."""
-        obs = np.nan_to_num(self.obs[-1])
-        return torch.as_tensor(obs)[None]
+        """Returns: (1, O)."""
+        return torch.as_tensor(self.obs[-1])[None]
 
     def set_chunk(self, chunk):
         """Args: chunk (D,)."""
@@ -607,11 +710,10 @@ class Environment:
         with explained(f"{self.name} failed in step, which returns {returned}"):
             shaped = action.reshape(self.box.shape)
             obs, reward, terminated, truncated, info = self.env.step(shaped)
-            require(obs.shape == self.obs_space.shape, "the observation is not in its space")
+            self.obs.append(self.layout.pack(obs))
             success = info.get("is_success", info.get("success", math.nan))
             success = float(np.asarray(success).item())
             reward = float(np.asarray(reward).item())
-        self.obs.append(obs)
         self.steps.append((action, reward, success))
         if not (terminated or truncated):
             return []
@@ -629,7 +731,8 @@ class Environment:
             return []
         actions, rewards, success = map(np.array, zip(*self.steps))
         obs = np.array(self.obs)
-        if np.isfinite(obs).all() and np.isfinite(rewards).all():
+        vectors, _ = self.layout.split(torch.from_numpy(obs))
+        if vectors.isfinite().all() and np.isfinite(rewards).all():
             success = episode_success(success, self.success_at)
             return [Trajectory(obs, actions, rewards, terminated, success)]
         tqdm.write(f"{self.name}: NaN or infinity in the episode of seed {self.seed}, left out")
@@ -693,35 +796,40 @@ def load_demonstrations(args, env):
     with explained(f"{takes}; {path} cannot be used"):
         usable = Path(path).suffix in ("", ".npz")
         require(usable, "benchmark/README.md converts other files")
-        for obs, actions, rewards, *end in read(path, args.success_at):
+        for obs, actions, rewards, *end in read(path, env):
             n = len(rewards)
             where = f"episode {len(episodes)}"
             plausible = n <= env.limit or read is read_ogbench  # play has no limit
             require(plausible, f"{where} exceeds the environment's {env.limit} steps")
-            obs = obs.reshape(n + 1, *env.obs_space.shape)
+            obs = obs.reshape(n + 1, env.layout.size)
             actions = actions.reshape(n, *env.box.shape)
             actions = 2 * (actions - env.box.low) / env.width - 1
             outside = np.abs(actions).max() - 1
             require(outside < 1e-4, f"actions leave their box by {outside / 2:.1%} of its width")
-            for column in (obs, rewards):
-                require(np.isfinite(column).all(), f"{where} has NaN or infinity")
+            vectors, _ = env.layout.split(torch.from_numpy(obs))
+            finite = vectors.isfinite().all() and np.isfinite(rewards).all()
+            require(finite, f"{where} has NaN or infinity")
             actions = actions.reshape(n, -1).clip(-1, 1)
             episodes.append(Trajectory(obs, actions, rewards.reshape(n), *end))
         long = [episode for episode in episodes if len(episode.rewards) >= args.chunk_size]
         require(long, f"no episode lasts a chunk of {args.chunk_size} steps")
     order = np.random.default_rng(args.seed).permutation(len(episodes))
-    demos = [episodes[i] for i in sorted(order[: args.num_demos])]
-    tqdm.write(f"demonstrations: {len(demos)} episodes, success {mean_success(demos):.2f}")
+    num_demos = args.num_demos
+    if args.dataset == "demos" and num_demos is None:
+        num_demos = 20
+    demos = [episodes[i] for i in sorted(order[:num_demos])]
+    number = f"{len(demos)} of {len(episodes)} episodes"
+    tqdm.write(f"demonstrations: {number}, success {mean_success(demos):.2f}")
     return demos
 
 
-def read_npz(path, success_at):
+def read_npz(path, env):
     """Episodes of a file of D4RL's columns."""
     with np.load(path, allow_pickle=False) as file:  # objects could run code
-        return list(cut(dict(file), success_at))
+        return list(cut(dict(file), env))
 
 
-def read_ogbench(path, success_at):
+def read_ogbench(path, env):
     """Episodes of an OGBench data set with a task in its name. There, terminals are the ends of
     trajectories, and where masks is 0 the task is solved."""
     require(importlib.util.find_spec("ogbench"), "it needs pip install ogbench")
@@ -729,58 +837,59 @@ def read_ogbench(path, success_at):
     _, columns, _ = ogbench.make_env_and_datasets(path.removeprefix("ogbench:"))
     columns["timeouts"] = columns["terminals"]
     columns["terminals"] = columns["masks"] == 0
-    return cut(columns, success_at)
+    return cut(columns, env)
 
 
-def cut(columns, success_at):
+def cut(columns, env):
     """Cuts D4RL's flat columns, a row a step, into Trajectories. Without next_observations the
     row at a time limit only shows where the episode ended."""
-    obs = columns["observations"]
+    obs = env.layout.pack_column(columns, "observations")
     actions = columns["actions"]
     rewards = columns["rewards"]
     terminals = columns["terminals"].ravel() > 0
     ends = terminals | (columns["timeouts"].ravel() > 0)
-    next_obs = columns.get("next_observations")
-    success = columns.get("success", np.full(len(obs), math.nan)).ravel()
+    next_obs = env.layout.pack_column(columns, "next_observations")
+    success = columns.get("success", np.full(len(actions), math.nan)).ravel()
+    require(obs is not None, "there are no observations")
     for column in (actions, rewards, ends, success):
         require(len(column) == len(obs), "columns differ in their numbers of rows")
     require(ends.any(), "terminals and timeouts mark no end")
     ends[-1] = True  # the last episode may be unfinished
-    if next_obs is not None:
-        same = np.isclose(next_obs[:-1], obs[1:], equal_nan=True).all(1)
-        torn = ~(same | ends[:-1])
-        require(not torn.any(), f"row {torn.argmax()}: next_observations are not the next row's")
     start = 0
     for last in np.flatnonzero(ends):
         rows = slice(start, last + 1)
         last_obs = obs[last]
         if next_obs is not None:
+            before = next_obs[start:last]
+            torn = ~np.isclose(before, obs[start + 1 : last + 1], equal_nan=True).all(1)
+            row = start + np.append(torn, True).argmax()  # the first that is torn, else the last
+            require(row == last, f"row {row}: next_observations are not the next row's")
             last_obs = next_obs[last]
         elif not terminals[last]:
             rows = slice(start, last)
         start = last + 1
         if rows.stop > rows.start:
             all_obs = np.concatenate([obs[rows], last_obs[None]])
-            succeeded = episode_success(success[rows], success_at)
+            succeeded = episode_success(success[rows], env.success_at)
             end = (bool(terminals[last]), succeeded)
             yield Trajectory(all_obs, actions[rows], rewards[rows], *end)
 
 
-def read_minari(dataset_id, success_at):
-    """Episodes of a Minari dataset, observations flattened, as Trajectories."""
+def read_minari(dataset_id, env):
+    """Episodes of a Minari dataset as Trajectories."""
     require(importlib.util.find_spec("minari"), 'it needs pip install "minari[hdf5]"')
     import minari
     dataset = minari.load_dataset(dataset_id, download=True)
-    space = dataset.observation_space
+    layout = Layout(dataset.observation_space)
     for recorded in dataset.iterate_episodes():
-        every = gym.vector.utils.batch_space(space, len(recorded.rewards) + 1)
+        every = gym.vector.utils.batch_space(layout.space, len(recorded.rewards) + 1)
         parts = gym.vector.utils.iterate(every, recorded.observations)
-        flat = [gym.spaces.flatten(space, part) for part in parts]
+        rows = [layout.pack(part) for part in parts]
         infos = recorded.infos or {}
         steps = infos.get("is_success", infos.get("success", [math.nan]))
-        succeeded = episode_success(steps, success_at)
+        succeeded = episode_success(steps, env.success_at)
         end = (bool(recorded.terminations[-1]), succeeded)
-        yield Trajectory(np.array(flat), recorded.actions, recorded.rewards, *end)
+        yield Trajectory(np.array(rows), recorded.actions, recorded.rewards, *end)
 
 
 # Run folder

@@ -28,7 +28,7 @@ from numpy.testing import assert_allclose
 
 import ogpo
 import poco
-from poco import Args, Batch, CriticEnsemble, FlowPolicy, ReplayBuffer, Trajectory
+from poco import Args, Batch, CriticEnsemble, Encoder, FlowPolicy, Layout, ReplayBuffer, Trajectory
 
 SCRIPTS = {"poco": poco, "ogpo": ogpo}
 ROOT = Path(poco.__file__).parent
@@ -48,7 +48,7 @@ def prepared(tmp_path, monkeypatch):
 OWN = {"METHOD", "Args", "check_method", "update_critic", "update_policy", "train", "posterior_weights"}
 OWN |= {"adaptive_temperature", "poco_loss", "draw_batch", "reduce_next_q", "chain_step", "sample_chain"}
 OWN |= {"chain_log_prob", "group_advantage", "chi2_penalised_q", "ppo_loss", "Actors", "MAY_BE_ZERO"}
-LIMITS = {poco: (1010, 430), ogpo: (1110, 530)}  # lines, last line of train
+LIMITS = {poco: (1120, 455), ogpo: (1220, 555)}  # lines, last line of train
 
 
 def test_what_both_scripts_share_is_identical_to_the_letter():
@@ -78,7 +78,7 @@ def test_common_arguments_have_the_same_order_type_default_and_comment():
 
 
 def test_a_file_can_be_read_in_one_sitting():
-    longest = {"test_poco.py": 1365, "README.md": 200, "speed.py": 300}
+    longest = {"test_poco.py": 1540, "README.md": 215, "speed.py": 300}
     for script, (lines, end_of_train) in LIMITS.items():
         longest[Path(script.__file__).name] = lines
         body = ast.parse(Path(script.__file__).read_text()).body
@@ -92,8 +92,16 @@ def test_a_file_can_be_read_in_one_sitting():
 
 
 def make_buffer(capacity, obs_dim, action_dim, chunk_size, gamma=0.9, dtype=np.float32):
-    env = types.SimpleNamespace(obs_space=Box(0, 255, (obs_dim,), dtype), action_dim=action_dim)
+    env = types.SimpleNamespace(layout=Layout(Box(0, 255, (obs_dim,), dtype)), action_dim=action_dim)
     return ReplayBuffer(Args(chunk_size=chunk_size, gamma=gamma), env, capacity)
+
+
+def new_policy(obs_dim, *settings, **named):
+    return FlowPolicy(Encoder(Box(-np.inf, np.inf, (obs_dim,), np.float64)), *settings, **named)
+
+
+def new_critic(obs_dim, *settings, **named):
+    return CriticEnsemble(Encoder(Box(-np.inf, np.inf, (obs_dim,), np.float64)), *settings, **named)
 
 
 # Flow policy
@@ -132,7 +140,7 @@ def doubles(*given):
 @pytest.fixture
 def flow():
     """A policy with statistics, and observations."""
-    policy = FlowPolicy(obs_dim=3, chunk_dim=6, flow_steps=7)
+    policy = new_policy(3, 6, flow_steps=7)
     policy.encode.mean.copy_(torch.randn(3))
     policy.encode.std.copy_(1 + torch.rand(3))
     return policy, np.random.default_rng(0).normal(size=(4, 3))
@@ -162,7 +170,7 @@ def test_dropout_is_for_cloning_alone(flow):
 
 
 def test_statistics_are_the_buffer_s_and_what_only_jitters_is_not_scaled(capsys):
-    policy, critic = FlowPolicy(5, 2), CriticEnsemble(5, 2, 2)
+    policy, critic = new_policy(5, 2), new_critic(5, 2, 2)
     line = np.linspace(-5, 9, 100)
     obs = np.stack([0.1 + 0 * line, 0 * line, 0.3 + 1e-7 * line, line + 1e6, 0.01 * line], axis=1)
     buffer = make_buffer(200, 5, 2, 2, dtype=np.float64)
@@ -182,7 +190,7 @@ def test_statistics_are_the_buffer_s_and_what_only_jitters_is_not_scaled(capsys)
 
 
 def test_the_reward_scale_is_that_of_the_first_rewards_and_kept():
-    critic, target_critic = CriticEnsemble(3, 2, 2), CriticEnsemble(3, 2, 2)
+    critic, target_critic = new_critic(3, 2, 2), new_critic(3, 2, 2)
     buffer = make_buffer(200, 3, 2, 2)
     for rewards, scale in ((0.0, 0.0), (-4.0, 0.25), (1000.0, 0.25)):
         buffer.add(Trajectory(np.zeros((4, 3)), np.zeros((3, 2)), np.full(3, rewards), False, 0.0))
@@ -206,7 +214,7 @@ def numpy_q(critic, obs, chunk):
 
 
 def test_critics_are_independent_networks_with_layer_norm():
-    critic, rng = CriticEnsemble(3, 2, num_critics=4, hidden_dim=16), np.random.default_rng(0)
+    critic, rng = new_critic(3, 2, num_critics=4, hidden_dim=16), np.random.default_rng(0)
     critic.encode.mean.copy_(torch.randn(3))
     obs, chunk = rng.normal(size=(5, 3)), rng.normal(size=(5, 2))
     q = critic(critic.encode(*tensors(obs)), *tensors(chunk))
@@ -231,7 +239,7 @@ def test_critic_converges_to_the_values_of_a_small_mdp(terminated, n, chunk_size
     buffer.add(Trajectory(np.eye(8)[state], np.ones((n, 1)), rewards, terminated, 1.0))
     args = Args(chunk_size=chunk_size, gamma=gamma, tau=0.05)
     policy = mock.Mock(encode=lambda obs: obs, sample=lambda obs: torch.ones(len(obs), chunk_size))
-    critic, target = (CriticEnsemble(8, chunk_size, 2, hidden_dim=32) for _ in range(2))
+    critic, target = (new_critic(8, chunk_size, 2, hidden_dim=32) for _ in range(2))
     critic.reward_scale.fill_(1)
     optimizer = torch.optim.Adam(critic.parameters(), lr=3e-3, fused=True)
     for _ in range(1000):
@@ -288,7 +296,7 @@ FIXED = {"temperature": 0.2, "clip_threshold": 0.9, "posterior_coef": 0.5, "anch
 def test_poco_s_update_as_a_whole(settings):
     """Also of bc_loss and sample: the random numbers drawn again in their order, all else in NumPy."""
     args = Args(num_candidates=4, posterior_batch_size=3, chunk_size=2, flow_steps=3, **settings)
-    policy, critic, batch = FlowPolicy(3, 4, flow_steps=3), CriticEnsemble(3, 4, 2), random_batch(8, 3, 2, 2)
+    policy, critic, batch = new_policy(3, 4, flow_steps=3), new_critic(3, 4, 2), random_batch(8, 3, 2, 2)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     torch.manual_seed(5)
     metrics = poco.update_policy(policy, critic, optimizer, batch, args)
@@ -315,7 +323,7 @@ def test_poco_s_update_as_a_whole(settings):
 
 
 def test_a_batch_in_which_everything_failed_is_cloned_as_a_whole():
-    policy, critic, batch = FlowPolicy(3, 4), CriticEnsemble(3, 4, 2), random_batch(16, 3, 2, 2)
+    policy, critic, batch = new_policy(3, 4), new_critic(3, 4, 2), random_batch(16, 3, 2, 2)
     optimizer, losses = torch.optim.SGD(policy.parameters(), lr=0.0), []
     for kept in (0.0, 1.0):
         torch.manual_seed(0)
@@ -326,7 +334,7 @@ def test_a_batch_in_which_everything_failed_is_cloned_as_a_whole():
 
 
 def test_every_state_of_a_batch_gets_its_turn_in_the_e_step():
-    policy, critic, counts = FlowPolicy(1, 2), CriticEnsemble(1, 2, 2), np.zeros(12)
+    policy, critic, counts = new_policy(1, 2), new_critic(1, 2, 2), np.zeros(12)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     policy.sample, args = mock.Mock(wraps=policy.sample), Args(num_candidates=3, posterior_batch_size=4)
     batch = random_batch(12, 1, 1, 2)._replace(obs=torch.arange(12.0)[:, None] / 2)  # normalised below 10
@@ -458,7 +466,7 @@ def test_ppo_loss_is_the_clipped_surrogate_and_its_gradient_ends_at_the_clip():
 def test_ogpo_s_update_as_a_whole(settings):
     """The random numbers drawn again in their order, everything else in NumPy."""
     args = ogpo.Args(group_size=4, ppo_batch_size=3, chunk_size=2, flow_steps=3, sigma=0.8, **settings)
-    policy, critic = FlowPolicy(3, 4, flow_steps=3), CriticEnsemble(3, 4, args.num_critics)
+    policy, critic = new_policy(3, 4, flow_steps=3), new_critic(3, 4, args.num_critics)
     actors = ogpo.Actors(policy, copy.deepcopy(policy), copy.deepcopy(policy))
     for parameter in [*actors[1].parameters(), *actors[2].parameters()]:
         parameter.data += 0.02 * torch.randn_like(parameter)
@@ -675,14 +683,14 @@ def test_no_step_is_a_reset_and_an_episode_is_its_seed_s_and_starts_with_a_chunk
 
 def test_evaluation_is_the_mean_over_its_seeds(capsys):
     args = Args(env_id="Counting-v0", chunk_size=2, hidden_dim=16, eval_episodes=20, best_of_n=3)
-    policy, critic, episodes = FlowPolicy(3, 4), CriticEnsemble(3, 4, 2), episodes_of("Counting-v0")
+    policy, critic, episodes = new_policy(3, 4), new_critic(3, 4, 2), episodes_of("Counting-v0")
     success = poco.mean_success(episodes)
     assert 0 < poco.evaluate(policy, critic, args, Path(), "step 5")["eval/success"] == success
     assert f"step 5, best of 3: success {success:.2f}, mean return" in capsys.readouterr().out
 
 
 def test_the_best_of_n_is_what_the_critics_prefer():
-    policy, critic = FlowPolicy(3, 4), mock.Mock(encode=lambda obs: obs, side_effect=lambda obs, x: x.T[:1])
+    policy, critic = new_policy(3, 4), mock.Mock(encode=lambda obs: obs, side_effect=lambda obs, x: x.T[:1])
     torch.manual_seed(3)
     candidates = policy.sample(torch.zeros(8, 3))
     torch.manual_seed(3)
@@ -763,7 +771,8 @@ gym.register("Exclusive-v0", lambda: Exclusive(), max_episode_steps=20)
 
 # Whole runs
 RUN = {"env_id": "Counting-v0", "dataset": "none", "chunk_size": 2, "hidden_dim": 16, "batch_size": 32}
-RUN |= {"eval_episodes": 5, "critic_warmup": 60, "total_timesteps": 300}
+RUN |= {"eval_episodes": 5, "critic_warmup": 60, "total_timesteps": 300, "utd_ratio": 0.5}
+RUN["best_of_n"] = 1
 RUN |= {"eval_interval": 150, "log_interval": 60}
 
 
@@ -1010,11 +1019,12 @@ class Diffusion(FlowPolicy):
 def test_train_takes_other_networks(kind):
     def make_networks(args, obs_space, action_dim):
         flow, critic = poco.make_networks(args, obs_space, action_dim)
-        policy = Diffusion(2, flow.chunk_dim, 64)
+        policy = Diffusion(flow.encode, flow.chunk_dim, 64)
         if kind == "frozen backbone":
-            policy = FlowPolicy(8, flow.chunk_dim, 32)
             backbone = torch.nn.Linear(2, 8).requires_grad_(False)
-            policy.encode = torch.nn.Sequential(flow.encode, backbone, torch.nn.Tanh())
+            encode = torch.nn.Sequential(flow.encode, backbone, torch.nn.Tanh())
+            encode.feature_dim = 8
+            policy = FlowPolicy(encode, flow.chunk_dim, 32)
         return policy, critic
 
     settings = {"bc_steps": 400, "eval_episodes": 50, "total_timesteps": 150}
@@ -1029,7 +1039,7 @@ def test_train_takes_other_networks(kind):
 
 
 def test_updates_take_several_groups_of_parameters():
-    policy, critic, batch = FlowPolicy(3, 4), CriticEnsemble(3, 4, 2), random_batch(16, 3, 2, 2)
+    policy, critic, batch = new_policy(3, 4), new_critic(3, 4, 2), random_batch(16, 3, 2, 2)
     first, *others = copy.deepcopy(list(policy.parameters())), *policy.parameters()
     groups = [{"params": others[:2], "lr": 0.1}, {"params": others[2:]}]
     args = Args(num_candidates=2, posterior_batch_size=4, chunk_size=2)
@@ -1094,8 +1104,8 @@ def test_a_fetch_task_runs_as_readme_says():
     process = start(poco.__file__, *typed.split())
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    assert "demonstrations: 10 episodes, success 1.00" in out
-    results = re.findall(r", best of 1: (success .*)", out)
+    assert "demonstrations: 10 of 200 episodes, success 1.00" in out
+    results = re.findall(r", best of [14]: (success .*)", out)
     (command,) = set(re.findall(r"python poco.py (--evaluate .*)", out))
     again, err = start(poco.__file__, *command.split()).communicate(timeout=240)
     assert len(results) == 2 and results[1] in again, err
@@ -1158,7 +1168,7 @@ def test_bfloat16_gives_nearly_the_same_update(monkeypatch):
     for hardware in (False, True):
         monkeypatch.setattr(poco, "CPU_BF16", hardware)
         torch.manual_seed(0)
-        policy, critic, batch = FlowPolicy(3, 4), CriticEnsemble(3, 4, 2), random_batch(64, 3, 2, 2)
+        policy, critic, batch = new_policy(3, 4), new_critic(3, 4, 2), random_batch(64, 3, 2, 2)
         adam = [torch.optim.Adam(network.parameters(), fused=True) for network in (policy, critic)]
         metrics = poco.update_critic(policy, critic, copy.deepcopy(critic), adam[1], batch, args)
         metrics |= poco.update_policy(policy, critic, adam[0], batch, args)
@@ -1276,7 +1286,8 @@ def test_demonstrations_have_room_of_their_own(monkeypatch):
 
 @pytest.mark.parametrize(("env_id", "success"), [("Reach", 1.0), ("Push", 0.87), ("PickAndPlace", 0.93)])
 def test_demos_are_in_the_repository(env_id, success):
-    demos = load_demos(Args(env_id=f"Fetch{env_id}-v4"))
+    assert len(load_demos(Args(env_id=f"Fetch{env_id}-v4"))) == 20
+    demos = load_demos(Args(env_id=f"Fetch{env_id}-v4", num_demos=200))
     assert len(demos) == 200 and all(len(demo.actions) == 50 for demo in demos)
     assert poco.mean_success(demos) == pytest.approx(success, abs=0.006)
 
@@ -1310,7 +1321,7 @@ def test_success_in_minari_is_read_as_in_an_environment(success_at, expected, mo
     minari = types.SimpleNamespace(load_dataset=lambda dataset_id, download: dataset)
     monkeypatch.setitem(sys.modules, "minari", minari)
     monkeypatch.setattr(poco.importlib.util, "find_spec", lambda name: minari)
-    (read,) = poco.read_minari("a/b-v0", success_at)
+    (read,) = poco.read_minari("a/b-v0", types.SimpleNamespace(success_at=success_at))
     assert read.success == expected
 
 
@@ -1342,12 +1353,176 @@ def test_ogbench_data_end_where_the_task_is_solved(tmp_path, monkeypatch):
         assert demo.terminated == terminated
 
 
+# Images
+SPACES = {"image": Box(0, 255, (40, 44, 3), np.uint8), "stack": Box(0, 255, (2, 40, 44, 3), np.uint8)}
+SPACES["dict"] = gym.spaces.Dict(SPACES | {"state": Box(-1, 1, (5,), np.float32)})
+
+
+def rows_from(space, n=6):
+    """Returns: the layout, observations by their parts, and their rows."""
+    layout, observations = Layout(space), [space.sample() for _ in range(n)]
+    rows = torch.from_numpy(np.array([layout.pack(obs) for obs in observations]))
+    if not isinstance(space, gym.spaces.Dict):
+        observations = [{"": obs} for obs in observations]
+    return layout, {name: np.array([obs[name] for obs in observations]) for name in observations[0]}, rows
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_a_row_holds_an_observation_exactly(kind):
+    layout, parts, rows = rows_from(SPACES[kind])
+    vectors, images = layout.split(rows)
+    assert rows.dtype == torch.uint8 and rows.shape == (6, layout.size)
+    assert np.array_equal(vectors, parts.pop("state", np.zeros((6, 0))))
+    for part, image in zip(parts.values(), images, strict=True):
+        assert np.array_equal(image, part.reshape(image.shape)) and image.shape[-3:] == part.shape[-3:]
+
+
+def test_each_image_is_shifted_as_by_padding_and_cropping_and_vectors_are_not():
+    layout, _, rows = rows_from(SPACES["dict"], n=60)
+    shifted = layout.shift(rows.clone())
+    (before, images), (after, moved), offsets = layout.split(rows), layout.split(shifted), []
+    assert torch.equal(before, after)
+    for image, other in zip(images, moved, strict=True):
+        for a, b in zip(image.numpy(), other.numpy(), strict=True):
+            padded = np.pad(a, [(0, 0), (4, 4), (4, 4), (0, 0)], mode="edge")
+            crops = {(y, x): padded[:, y : y + 40, x : x + 44] for y in range(9) for x in range(9)}
+            (offset,) = (place for place, crop in crops.items() if np.array_equal(crop, b))
+            offsets.append(offset)
+    down, right = zip(*offsets)
+    assert set(down) == set(right) == set(range(9)) and len(set(offsets)) > 40
+
+
+def test_features_of_images_are_those_of_three_convolutions():
+    _, parts, rows = rows_from(SPACES["dict"])
+    encode = Encoder(SPACES["dict"])
+    encode.mean.uniform_(-1, 1)
+    expected = [parts["state"] - encode.mean.numpy()]
+    for layers, name in zip(encode.convolutions, ("image", "stack"), strict=True):
+        w = {key: value.double().numpy() for key, value in layers.state_dict().items()}
+        x = parts[name].reshape(6, -1, 40, 44, 3).transpose(0, 1, 4, 2, 3).reshape(6, -1, 40, 44) / 255 - 0.5
+        for layer, (size, stride) in zip((0, 2, 4), ((8, 4), (4, 2), (3, 1)), strict=True):
+            windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(2, 3))
+            windows = windows[:, :, ::stride, ::stride]
+            x = np.einsum("bchwij,ocij->bohw", windows, w[f"{layer}.weight"])
+            x = x + w[f"{layer}.bias"][:, None, None]
+            x = x / (1 + np.exp(-x))
+        x = x.reshape(6, -1) @ w["7.weight"].T + w["7.bias"]
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+        expected.append(x)
+    assert_allclose(encode(rows).detach(), np.hstack(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (20, 20, 3), (4, 84, 84), (64, 64, 5)])
+def test_images_of_other_shapes_get_a_sentence(shape):
+    with pytest.raises(poco.UserError, match="images are .H, W, C., 36 pixels or more, but not"):
+        Layout(gym.spaces.Dict({"camera": Box(0, 255, shape, np.uint8)}))
+
+
+def test_a_buffer_of_images_takes_a_byte_a_color():
+    layout = Layout(Box(0, 255, (64, 64, 3), np.uint8))
+    buffer = ReplayBuffer(Args(), types.SimpleNamespace(layout=layout, action_dim=4), 20_400)
+    assert buffer.obs.nbytes + buffer.steps.nbytes < 260e6
+
+
+@both_scripts
+def test_features_are_computed_once_a_state_without_shifts_in_acting(script, monkeypatch):
+    space = SPACES["dict"]
+    args = script.Args(chunk_size=2, batch_size=8)
+    policy, critic = script.make_networks(args, space, 2)
+    _, _, obs = rows_from(space, 8)
+    batch = random_batch(8, 1, 2, 2)._replace(obs=obs, next_obs=obs)
+    optimizer = torch.optim.Adam(policy.parameters())
+    policy.encode.forward = mock.Mock(wraps=policy.encode.forward)
+    critic.encode.forward = mock.Mock(wraps=critic.encode.forward)
+    if script is ogpo:
+        actors = ogpo.Actors(policy, copy.deepcopy(policy), None)
+        ogpo.update_policy(actors, critic, optimizer, batch, None, args)
+    else:
+        poco.update_policy(policy, critic, optimizer, batch, args)
+    assert policy.encode.forward.call_count == critic.encode.forward.call_count == 1
+    assert any(weight.grad.abs().max() > 0 for weight in policy.encode.parameters())
+    monkeypatch.setattr(Layout, "shift", lambda self, rows: 1 / 0)
+    script.choose_chunk(policy, critic, obs[:1], 3)
+
+
+class Camera(Point):
+    """Point-v0 seen by a camera: the point in red, the goal in green; and the goal as a number."""
+    camera = Box(0, 255, (36, 40, 3), np.uint8)
+    observation_space = gym.spaces.Dict({"camera": camera, "goal": Box(-1, 1, (1,))})
+
+    def see(self, obs):
+        image = np.zeros((36, 40, 3), np.uint8)
+        for color, x in enumerate(obs):
+            column = int(np.clip(18 + 16 * x, 0, 36))
+            image[:, column : column + 4, color] = 255
+        return {"camera": image, "goal": obs[1:].astype(np.float32)}
+
+    def reset(self, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return self.see(obs), info
+
+    def step(self, action):
+        obs, *others = super().step(action)
+        return self.see(obs), *others
+
+
+gym.register("Camera-v0", lambda: Camera(), max_episode_steps=20)
+
+
+def write_camera_demos(n):
+    """write_demos for Camera-v0."""
+    options, data = write_demos(n), dict(np.load("demos.npz"))
+    for key in ("observations", "next_observations"):
+        seen = [Camera().see(obs) for obs in data.pop(key)]
+        data |= {f"{key}/{name}": np.array([parts[name] for parts in seen]) for name in ("camera", "goal")}
+    np.savez("demos.npz", **data)
+    return options | {"env_id": "Camera-v0", "bc_steps": 20, "critic_warmup": 5, "batch_size": 16}
+
+
+@both_scripts
+def test_a_run_with_images_from_a_file_is_resumed_exactly(script):
+    own = {"policy_start": 20} if script is ogpo else {}
+    settings = write_camera_demos(6) | own | {"eval_interval": 40}
+    whole = small_run(script, "whole", **settings, total_timesteps=80)
+    half = small_run(script, "half", **settings, total_timesteps=40)
+    assert main(script, "--resume", half, "--total-timesteps", 80) == 0
+    assert rows_of(whole) == rows_of(half) and same(states_of(whole), states_of(half))
+
+
 # Pictures, README
 @pytest.mark.skipif(not os.environ.get("MUJOCO_GL"), reason="pictures need MUJOCO_GL=egl or osmesa")
 def test_capture_video():
     pytest.importorskip("moviepy")
     folder = small_run(poco, env_id="FetchReach-v4", total_timesteps=150, capture_video=True)
     assert len(list(folder.glob("videos/step 0*/*.mp4"))) >= 2 and list(folder.glob("videos/step 150*/*.mp4"))
+
+
+class Resnet(torch.nn.Module):
+    """In the place of torchvision's."""
+    def __init__(self, weights):
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(3, 512, 36), torch.nn.Linear(512, 9)
+
+    def forward(self, image):
+        return self.fc(self.conv(image).mean((2, 3)))
+
+
+def test_readme_s_frozen_backbone_is_not_trained(monkeypatch):
+    torchvision = types.SimpleNamespace(models=types.SimpleNamespace(resnet18=Resnet))
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(import poco\n.+?)```", readme, flags=re.DOTALL)
+    run = mock.Mock()
+    monkeypatch.setattr(poco, "main", run)
+    monkeypatch.setattr(poco, "METHOD", "poco")
+    exec(code, {})
+    (make_networks,) = run.call_args.args
+    poco.train(Args(**(RUN | write_camera_demos(6) | {"total_timesteps": 40})), make_networks)
+    (folder,) = Path("runs").iterdir()
+    files = folder / "clone.pt", folder / "policy.pt"
+    initial, final = (poco.load_policy(file, make_networks=make_networks)[1] for file in files)
+    for (name, before), after in zip(initial.named_parameters(), final.parameters(), strict=True):
+        assert torch.equal(before, after) == name.startswith("encode"), name  # frozen, or trained
 
 
 def test_readme_names_only_what_is_there():

@@ -8,7 +8,6 @@ critics warm up it learns to be the clone. Q is the target critics', as in poco.
 the public code advises for new tasks.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +29,10 @@ class Args(poco.Args):
 
 class OneStepPolicy(poco.FlowPolicy):
     """The flow, and beside it mu(s, z), with the same layers, but for the time and dropout."""
-    def __init__(self, obs_dim: int, chunk_dim: int, hidden_dim: int = 256, flow_steps: int = 5):
-        super().__init__(obs_dim, chunk_dim, hidden_dim, flow_steps)
+    def __init__(self, encode: nn.Module, chunk_dim: int, hidden_dim=256, flow_steps=5):
+        super().__init__(encode, chunk_dim, hidden_dim, flow_steps)
         layers = []
-        for in_dim in (obs_dim + chunk_dim, hidden_dim, hidden_dim):
+        for in_dim in (encode.feature_dim + chunk_dim, hidden_dim, hidden_dim):
             layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU()]
         self.one_step = nn.Sequential(*layers, nn.Linear(hidden_dim, chunk_dim))
 
@@ -70,10 +69,8 @@ class OneStepPolicy(poco.FlowPolicy):
 
 def make_networks(args, obs_space, action_dim):
     """poco.py's, with the one-step policy beside the flow."""
-    _, critic = poco.make_networks(args, obs_space, action_dim)
-    obs_dim = math.prod(obs_space.shape)
-    chunk_dim = args.chunk_size * action_dim
-    policy = OneStepPolicy(obs_dim, chunk_dim, args.hidden_dim, args.flow_steps)
+    flow, critic = poco.make_networks(args, obs_space, action_dim)
+    policy = OneStepPolicy(flow.encode, flow.chunk_dim, args.hidden_dim, args.flow_steps)
     parameters = policy.one_step.parameters()
     policy.warmup_optimizer = torch.optim.Adam(parameters, args.learning_rate, fused=True)
     return policy, critic

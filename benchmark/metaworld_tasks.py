@@ -7,7 +7,8 @@
 
 Goal and object are drawn by the seed of each reset, and are in the observation. The reward is -1
 until the task is solved, which ends the episode, as do 200 steps. The task three-tasks has the
-index of the task, one-hot, in the observation. button-press-dense-v0 and so on have the package's
+index of the task, one-hot, in the observation; to evaluate on one of them, three-tasks-assembly-v0
+and so on draw that one alone. button-press-dense-v0 and so on have the package's
 own reward, from 0 to 10, as reward / 10 - 1. Meta-World's own ids ignore the seed.
 """
 
@@ -37,9 +38,10 @@ class Args:
 
 
 class Tasks(gym.Env):
-    """One task or several, of which each reset draws one."""
-    def __init__(self, names, dense=False, render_mode=None):
+    """One task or several, of which each reset draws one, or takes the one called only."""
+    def __init__(self, names, only=None, dense=False, render_mode=None):
         self.names = names
+        self.only = only
         self.dense = dense
         self.envs = []
         for name in names:
@@ -63,6 +65,8 @@ class Tasks(gym.Env):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.index = int(self.np_random.integers(len(self.names)))
+        if self.only:
+            self.index = self.names.index(self.only)
         self.env = self.envs[self.index]
         self.env.seed(int(self.np_random.integers(2**31)))  # its reset ignores one
         self.obs, info = self.env.reset()
@@ -87,6 +91,9 @@ for task in NAMES:
     gym.register(f"{task}-v0", Tasks, max_episode_steps=200, kwargs=names)
     gym.register(f"{task}-dense-v0", Tasks, max_episode_steps=200, kwargs=names | {"dense": True})
 gym.register("three-tasks-v0", Tasks, max_episode_steps=200, kwargs={"names": THREE})
+for task in THREE:
+    only = {"names": THREE, "only": task}
+    gym.register(f"three-tasks-{task}-v0", Tasks, max_episode_steps=200, kwargs=only)
 
 
 def demonstrate(env, policies, seed, noise):

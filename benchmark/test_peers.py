@@ -12,8 +12,13 @@ import qc
 import sac
 import torch
 from fql import poco
+from gymnasium.spaces import Box
 
 HERE = Path(__file__).resolve().parent
+
+
+def encoder(obs_dim):
+    return poco.Encoder(Box(-np.inf, np.inf, (obs_dim,)))
 
 
 class LinearCritics(torch.nn.Module):
@@ -32,7 +37,7 @@ def test_qc_s_next_chunk_is_the_critics_best_of_n(monkeypatch):
     obs = torch.randn(7, 3)
     chunks = torch.randn(7 * n, 4)
     critic = LinearCritics(torch.randn(2, 4))
-    policy = poco.FlowPolicy(3, 4)
+    policy = poco.FlowPolicy(encoder(3), 4)
     policy.sample = lambda features: chunks
 
     def next_chunk(policy, *others):  # in the place of the TD step, which test_poco.py has
@@ -50,8 +55,8 @@ def test_qc_s_next_chunk_is_the_critics_best_of_n(monkeypatch):
 
 
 def test_fql_s_one_step_policy_is_held_to_the_flow_of_a_clone():
-    clone = poco.FlowPolicy(4, 4)
-    policy = fql.OneStepPolicy(4, 4)
+    clone = poco.FlowPolicy(encoder(4), 4)
+    policy = fql.OneStepPolicy(encoder(4), 4)
     policy.load_state_dict(clone.state_dict())
     features = torch.randn(5, 4)
     torch.manual_seed(1)
