@@ -74,7 +74,7 @@ class Args:
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
     critic_warmup: int = 1_000  # updates of the critics alone; without data, POCO's are online
     # online phase
-    total_timesteps: int = 20_000  # online environment steps
+    total_timesteps: int = 10_000  # online environment steps
     buffer_size: int = 1_000_000  # observations in the replay buffer
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float = 0.96  # discount per step

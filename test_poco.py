@@ -78,7 +78,7 @@ def test_common_arguments_have_the_same_order_type_default_and_comment():
 
 
 def test_a_file_can_be_read_in_one_sitting():
-    longest = {"test_poco.py": 1540, "README.md": 215, "speed.py": 300}
+    longest = {"test_poco.py": 1540, "README.md": 200, "speed.py": 300}
     for script, (lines, end_of_train) in LIMITS.items():
         longest[Path(script.__file__).name] = lines
         body = ast.parse(Path(script.__file__).read_text()).body

@@ -1,9 +1,10 @@
-"""Writes the tables of both READMEs and draws assets/*.svg from the CSVs of benchmark/run.py.
+"""Writes the tables of both READMEs and draws assets/*.svg from results.csv of benchmark/run.py.
 
     pip install -r benchmark/requirements.txt && python benchmark/report.py
     python benchmark/report.py --check    fails where a README says something else
 """
 
+import csv
 import math
 import sys
 from collections import defaultdict
@@ -18,76 +19,65 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import ogpo
 import poco
+from benchmark.run import TASKS
 
-MAIN = ["poco", "ogpo", "poco-weak", "ogpo-weak", "qc", "fql", "sac"]  # in the front page's order
-VARIANTS = "benchmark."  # environments of this folder, which the front page leaves out
+MAIN = ["poco", "ogpo", "qc", "fql"]  # methods of the front page, in its order
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
-COLUMNS = ["global_step", "seconds", "eval/success", "eval/return"]  # of a result
+COLUMNS = ["step", "seconds", "success", "return"]  # of a result
 STEP, SECONDS, SUCCESS, RETURN = range(4)
-SHORT = ["environment", "method", "seeds", "clone", "steps", "at the end", "worst"]
-SHORT += ["to 90, 95 %", "minutes"]
-LONG = ["method", "clone", "steps", "at the end", "each seed", "return", "worst"]
-LONG += ["to 90, 95 %", "minutes"]
 BEGIN = "<!-- results -->\n"
 END = "<!-- /results -->"
 LEGEND = """
 ## Results
 
 Success in per cent, of single samples for the clone. Clone and at the end: interquartile mean over
-the seeds, in brackets its 95 % interval by bootstrap of the seeds within each environment. Worst:
-the lowest evaluation of any seed, minus its clone's. To 90, 95 %: environment steps and minutes
-from the clone on, median over the seeds, - where half of them or more did not get there. Return:
-mean sum of an episode's rewards, -1 for each step away from the goal (OGBench: for each cube).
+the seeds, in brackets its 95 % interval by bootstrap. Worst: the lowest evaluation of any seed,
+minus its clone's. To 90, 95 %: environment steps and minutes from the clone on, median over the
+seeds, - where half of them or more did not get there. Return: mean sum of an episode's rewards.
 """
 
 
 @dataclass
 class Args:
-    results: Path = ROOT / "benchmark/results"
+    results: Path = ROOT / "benchmark/results.csv"
     check: bool = False  # compare the tables, write nothing
 
 
 # Results
-def read_results(folder):
-    """Returns: by environment and method, evaluations (seeds, evaluations, columns)."""
-    runs = defaultdict(dict)
-    for path in folder.glob("*.csv"):
-        _, method, seed = path.stem.split("__")
-        command, titles, *_ = path.read_text().splitlines()
-        env = command.split("--env-id ")[1].split()[0]
-        places = [titles.split(",").index(title) for title in COLUMNS]  # older files have more
-        evaluations = np.loadtxt(path, delimiter=",", skiprows=2, usecols=places, ndmin=2)
-        runs[env, method][int(seed)] = evaluations
-    if not runs:
-        sys.exit(f"report.py: there are no results in {folder}.")
-
+def read_results(path):
+    """Returns: by task and method, evaluations (seeds, evaluations, columns)."""
+    runs = defaultdict(lambda: defaultdict(list))
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            evaluation = [float(row[name]) for name in COLUMNS]
+            runs[row["task"], row["method"]][int(row["seed"])].append(evaluation)
     results = defaultdict(dict)
-    for env, method in sorted(runs, key=order):
-        by_seed = runs[env, method]
-        seeds = [by_seed[seed] for seed in sorted(by_seed)]
-        steps = seeds[0][:, STEP]
+    for task, method in sorted(runs, key=order):
+        by_seed = runs[task, method]
+        seeds = [np.array(by_seed[seed]) for seed in sorted(by_seed)]
         for run in seeds:
-            if not np.array_equal(run[:, STEP], steps):
-                sys.exit(f"report.py: seeds of {method} in {env} were evaluated at other steps.")
-        results[env][method] = np.array(seeds)
+            if not np.array_equal(run[:, STEP], seeds[0][:, STEP]):
+                sys.exit(f"report.py: seeds of {method} in {task} were evaluated at other steps.")
+        results[task][method] = np.array(seeds)
     return results
 
 
 def order(key):
-    """Sorts by environment, then the front page's methods first. Args: environment, method."""
-    env, method = key
+    """Sorts by the tasks of run.py, then the front page's methods first. Args: task, method."""
+    task, method = key
     base = method.partition("+")[0]
     place = MAIN.index(base) if base in MAIN else len(MAIN)
-    return env, place, method
+    number = list(TASKS).index(task) if task in TASKS else len(TASKS)
+    return number, task, place, method
 
 
 def take_changes(results):
     """Takes the methods with one other number, method+option=value, out of the results, if method
     is there and the default is no 0, which a logarithmic axis does not have.
-    Returns: by environment, method and option, (value, the seeds' success at its end), the default
+    Returns: by task, method and option, (value, the seeds' success at its end), the default
     first."""
     changes = {}
-    for env, methods in results.items():
+    for task, methods in results.items():
         for name in list(methods):
             method, _, change = name.partition("+")
             option, _, value = change.partition("=")
@@ -99,36 +89,22 @@ def take_changes(results):
             base = methods[method][: len(runs)]  # the same seeds
             at = base[0, :, STEP] == runs[0, -1, STEP]
             start = (default, base[:, at, SUCCESS])
-            points = changes.setdefault((env, method, option), [start])
+            points = changes.setdefault((task, method, option), [start])
             points.append((float(value), runs[:, -1, SUCCESS]))
     return changes
 
 
-def is_main(env, method):
-    return method in MAIN and not env.startswith(VARIANTS)
-
-
-def comparisons(results):
-    """The front page's environments with more than one of its methods."""
-    several = {}
-    for env, methods in results.items():
-        if sum(is_main(env, method) for method in methods) > 1:
-            several[env] = methods
-    return several
-
-
 # Tables
-def mean_and_interval(*strata):
-    """Interquartile mean over the seeds, ends of its interval.
-    Args: (seeds, ...) of each environment."""
-    def mean(*samples, axis):
-        return stats.trim_mean(np.concatenate(samples, axis), 0.25, axis)
+def mean_and_interval(samples):
+    """Interquartile mean over the seeds, ends of its interval. Args: (seeds, ...)."""
+    def mean(samples, axis):
+        return stats.trim_mean(samples, 0.25, axis)
 
-    center = mean(*strata, axis=0)
-    if min(map(len, strata)) == 1:
+    center = mean(samples, axis=0)
+    if len(samples) == 1:
         nothing = np.full_like(center, math.nan)
         return center, nothing, nothing
-    result = stats.bootstrap(strata, mean, method="percentile", rng=0)
+    result = stats.bootstrap([samples], mean, method="percentile", rng=0)
     return center, *result.confidence_interval
 
 
@@ -145,71 +121,79 @@ def first(runs, level, column):
     return np.median(firsts)
 
 
-def row(env, method, strata):
-    """Cells by the titles of SHORT and LONG. Args: evaluations of an environment, or of each."""
-    runs = [run for evaluations in strata for run in evaluations]
-    clone = [100 * evaluations[:, 0, SUCCESS] for evaluations in strata]
-    end = [100 * evaluations[:, -1, SUCCESS] for evaluations in strata]
-    last_steps = [with_spaces(evaluations[0, -1, STEP]) for evaluations in strata]
-    worst = min((run[1:, SUCCESS] - run[0, SUCCESS]).min() for run in runs)
-    clone_mean, _, _ = mean_and_interval(*clone)
-    mean, low, high = mean_and_interval(*end)
-
-    at_the_end = f"**{mean:.0f}**"
+def interval(values):
+    """Text of the mean and its interval. Args: values (seeds,)."""
+    mean, low, high = mean_and_interval(values)
     if math.isfinite(low):
-        at_the_end += f" [{low:.0f}, {high:.0f}]"
-    steps = []
-    minutes = []
-    for level in (0.9, 0.95):
-        step = first(runs, level, STEP)
-        seconds = first(runs, level, SECONDS)
-        steps.append(with_spaces(step) if math.isfinite(step) else "-")
-        minutes.append(f"{seconds / 60:.1f}" if math.isfinite(seconds) else "-")
-    each_seed = ""
-    mean_return = ""
-    if len(strata) == 1:
-        each_seed = " ".join(f"{value:.0f}" for value in end[0])
-        mean_return = f"{mean_and_interval(strata[0][:, -1, RETURN])[0]:.1f}"
+        return f"**{mean:.0f}** [{low:.0f}, {high:.0f}]"
+    return f"**{mean:.0f}**"
+
+
+def steps_to(runs, level):
+    step = first(runs, level, STEP)
+    return with_spaces(step) if math.isfinite(step) else "-"
+
+
+def minutes_to(runs, level):
+    seconds = first(runs, level, SECONDS)
+    return f"{seconds / 60:.1f}" if math.isfinite(seconds) else "-"
+
+
+def long_row(method, runs):
+    """Cells of a method's row. Args: runs (seeds, evaluations, columns)."""
+    clone, _, _ = mean_and_interval(100 * runs[:, 0, SUCCESS])
+    end = 100 * runs[:, -1, SUCCESS]
+    mean_return, _, _ = mean_and_interval(runs[:, -1, RETURN])
+    worst = (runs[:, 1:, SUCCESS] - runs[:, :1, SUCCESS]).min()
+    levels = (0.9, 0.95)
     return {
-        "environment": env,
         "method": f"`{method}`",
-        "seeds": f"{len(runs)}",
-        "clone": f"{clone_mean:.0f}",
-        "steps": ", ".join(dict.fromkeys(last_steps)),
-        "at the end": at_the_end,
-        "each seed": each_seed,
-        "return": mean_return,
+        "clone": f"{clone:.0f}",
+        "steps": with_spaces(runs[0, -1, STEP]),
+        "at the end": interval(end),
+        "each seed": " ".join(f"{value:.0f}" for value in end),
+        "return": f"{mean_return:.1f}",
         "worst": f"{round(100 * worst):+d}",
-        "to 90, 95 %": ", ".join(steps),
-        "minutes": ", ".join(minutes),
+        "to 90, 95 %": ", ".join(steps_to(runs, level) for level in levels),
+        "minutes": ", ".join(minutes_to(runs, level) for level in levels),
     }
 
 
-def table(titles, rows):
+def short_row(task, methods, columns):
+    """A task's cells: the clone, then success at the end and steps to 90 % of the columns' methods."""
+    clone, _, _ = mean_and_interval(100 * methods["poco"][:, 0, SUCCESS])
+    cells = {"task": task, "steps": with_spaces(methods["poco"][0, -1, STEP])}
+    cells["clone"] = f"{clone:.0f}"
+    for method in columns:
+        cells[f"`{method}`"] = ""
+        if method in methods:
+            runs = methods[method]
+            success = interval(100 * runs[:, -1, SUCCESS])
+            cells[f"`{method}`"] = f"{success}, {steps_to(runs, 0.9)}"
+    return cells
+
+
+def table(rows):
+    titles = list(rows[0])
     lines = [f"| {' | '.join(titles)} |\n", f"|{'---|' * len(titles)}\n"]
     for cells in rows:
-        chosen = [cells[title] for title in titles]
-        lines.append(f"| {' | '.join(chosen)} |\n")
+        lines.append(f"| {' | '.join(cells.values())} |\n")
     return "".join(lines)
 
 
 def tables(results):
     """Returns: what belongs between the markers of each README."""
+    suite = [methods for task, methods in results.items() if task in TASKS]
+    columns = [method for method in MAIN if any(method in methods for methods in suite)]
     short = []
     long = [LEGEND]
-    for env, methods in results.items():
-        rows = {method: row(env, method, [runs]) for method, runs in methods.items()}
-        short += [cells for method, cells in rows.items() if is_main(env, method)]
-        if rows:
-            long.append(f"\n### {env}\n\n{table(LONG, rows.values())}")
-    several = comparisons(results).values()
-    everywhere = [method for method in MAIN if all(method in methods for methods in several)]
-    if len(several) > 1 and len(everywhere) > 1:
-        rows = []
-        for method in everywhere:
-            rows.append(row("all", method, [methods[method] for methods in several]))
-        long.append(f"\n### all\n\n{table(LONG, rows)}")
-    texts = {ROOT / "README.md": table(SHORT, short)}
+    for task, methods in results.items():
+        if task in TASKS:
+            short.append(short_row(task, methods, columns))
+        if methods:
+            rows = [long_row(method, runs) for method, runs in methods.items()]
+            long.append(f"\n### {task}\n\n{table(rows)}")
+    texts = {ROOT / "README.md": table(short)}
     texts[ROOT / "benchmark/README.md"] = "".join([*long, "\n"])
     return texts
 
@@ -226,23 +210,26 @@ def new_figure(rows, columns, height):
 
 
 def draw(results, path):
-    """A row of two axes for each comparison: against steps, and against minutes."""
-    figure, axes = new_figure(len(results), 2, height=3.5)
-    for (by_step, by_minute), (env, methods) in zip(axes, results.items(), strict=True):
+    """An axis for each task, the clones at its left edge."""
+    tasks = [task for task in results if task in TASKS]
+    columns = min(len(tasks), 3)
+    figure, axes = new_figure(math.ceil(len(tasks) / columns), columns, height=2.8)
+    for axis, task in zip(axes.flat, tasks, strict=False):
         for index, method in enumerate(MAIN):
-            if method not in methods:
+            if method not in results[task]:
                 continue
-            runs = methods[method]
+            runs = results[task][method]
             mean, low, high = mean_and_interval(100 * runs[:, :, SUCCESS])
-            x = {by_step: runs[0, :, STEP] / 1000, by_minute: runs[:, :, SECONDS].mean(0) / 60}
-            for axis in (by_step, by_minute):
-                axis.plot(x[axis], mean, color=f"C{index}", label=method)
-                axis.fill_between(x[axis], low, high, color=f"C{index}", alpha=0.15, linewidth=0)
-                axis.set(title=env, ylim=(0, 102))
-                axis.grid(alpha=0.3)
-        by_step.set(xlabel="online environment steps / 1000", ylabel="success in per cent")
-        by_minute.set(xlabel="minutes since the clone")
-        by_step.legend(loc="lower right")
+            x = runs[0, :, STEP] / 1000
+            axis.plot(x, mean, color=f"C{index}", label=method)
+            axis.fill_between(x, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
+        axis.set(title=task, ylim=(0, 102))
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_axis_off()
+    axes[0, 0].legend(loc="lower right")
+    figure.supxlabel("online environment steps / 1000", fontsize="medium")
+    figure.supylabel("success in per cent", fontsize="medium")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -285,7 +272,7 @@ def main(args):
             names = " and ".join(stale)
             sys.exit(f"report.py: {names} are not the results; run python benchmark/report.py.")
         return
-    draw(comparisons(results), ROOT / "assets/success.svg")
+    draw(results, ROOT / "assets/success.svg")
     if changes:
         draw_changes(changes, ROOT / "assets/settings.svg")
 

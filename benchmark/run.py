@@ -1,11 +1,11 @@
-"""Runs environments x methods x seeds, a process and a thread each, and writes a CSV of every one.
+"""Runs tasks x methods x seeds, a process and a thread each, and adds their curves to one CSV.
 
     python benchmark/run.py --methods poco ogpo --seeds 1 2 3    goes on where it stopped
-    python benchmark/run.py --methods poco+gamma=0.99 ogpo-weak  other arguments; a weak clone
+    python benchmark/run.py --tasks push --methods poco+tau=0.1  one task, another argument
     python benchmark/run.py --dry-run                            print the commands of what is left
     python benchmark/run.py --slurm | sbatch                     each run a task of an array
 
-The runs of an environment and seed start from the same clone, made first. A method is any script
+The runs of a task and seed start from the same clone, made first. A method is any script
 that takes --env-id, --seed, --torch-threads, --policy, --critic-warmup, --total-timesteps and
 --resume and writes the files of poco.Run.
 """
@@ -30,20 +30,28 @@ sys.path.insert(0, str(ROOT))
 import ogpo
 import poco
 
-CUBES = f"--dataset {ROOT}/runs/cube-double.npz --eval-interval 5000"  # failures take 500 steps
-ENVIRONMENTS = {  # what to type for them, paths absolute
-    "ogbench:cube-double-singletask-task2-v0": CUBES,
-    "benchmark.scaled:FetchPickAndPlace-x0.01-v4": f"--dataset {ROOT}/runs/fetch-x0.01.npz",
-    "benchmark.scaled:FetchPickAndPlace-x100-v4": f"--dataset {ROOT}/runs/fetch-x100.npz",
+DATA = f"--dataset {ROOT}/runs"
+METAWORLD = "--env-id benchmark.metaworld_tasks"
+TASKS = {  # what to type for them, paths absolute; benchmark/README.md says how to make the data
+    "pick-and-place": "--env-id FetchPickAndPlace-v4 --num-demos 20",
+    "push": "--env-id FetchPush-v4 --num-demos 50",
+    "peg-insert-side": f"{METAWORLD}:peg-insert-side-v0 {DATA}/peg-insert-side.npz",
+    "assembly": f"{METAWORLD}:assembly-v0 {DATA}/assembly.npz",
+    "three-tasks": f"{METAWORLD}:three-tasks-v0 {DATA}/three-tasks.npz",
+    "cube-double": f"--env-id ogbench:cube-double-singletask-task2-v0 {DATA}/cube-double.npz",
+    "scene": "--env-id ogbench:scene-singletask-task1-v0"
+    " --dataset ogbench:scene-play-singletask-task1-v0",
+    "reach-from-nothing": "--env-id FetchReach-v4 --dataset none",
+    "drawer-open-from-nothing": f"{METAWORLD}:drawer-open-dense-v0 --dataset none",
 }
 METHODS = {  # what follows python
-    "clone": "poco.py --critic-warmup 0 --total-timesteps 1",
-    "weak-clone": "poco.py --critic-warmup 0 --total-timesteps 1 --bc-steps 400",
+    "clone": "poco.py --critic-warmup 0 --total-timesteps 1 --eval-episodes 1",
     "poco": "poco.py",
     "poco-fixed": "poco.py --temperature 0.2 --clip-threshold 0.6",
     "poco-no-clip": "poco.py --clip-threshold 1e9",
     "poco-bc": "poco.py --posterior-coef 0",
     "poco-uniform": "poco.py --temperature 1e9",
+    "poco-single": "poco.py --best-of-n 1",
     "ogpo": "ogpo.py",
     "ogpo-plain": "ogpo.py --success-coef 0 --no-conservative",
     "ogpo-success": "ogpo.py --no-conservative",
@@ -56,19 +64,19 @@ METHODS = {  # what follows python
     "sac": "benchmark/sac.py",
 }
 DEFAULTS = vars(ogpo.Args()) | vars(poco.Args())
-COLUMNS = ("global_step", "seconds", "eval/success", "eval/return")
+COLUMNS = ("task", "method", "seed", "step", "seconds", "success", "return")
 
 
 @dataclass
 class Args:
-    envs: tuple[str, ...] = ("FetchPickAndPlace-v4", "FetchPush-v4")
-    methods: tuple[str, ...] = ("poco", "ogpo", "ogpo-weak")
+    tasks: tuple[str, ...] = tuple(TASKS)
+    methods: tuple[str, ...] = ("poco", "ogpo", "fql", "qc")
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    total_timesteps: int = DEFAULTS["total_timesteps"]  # with more, runs that have ended go on
-    extra: str = ""  # to type for all, clones too: --extra="--eval-episodes 20"
+    total_timesteps: int = 20_000  # with more, runs that have ended go on
+    extra: str = ""  # to type for all, clones too: --extra="--eval-interval 5000"
     workers: int = 2  # runs at a time
     out: Path = Path("runs/benchmark")  # gets a folder for each run, with its log.txt
-    results: Path = ROOT / "benchmark/results"  # gets a CSV for each run that has ended
+    results: Path = ROOT / "benchmark/results.csv"  # gets the evaluations of runs that ended
     dry_run: bool = False  # print the commands of what is left
     slurm: bool = False  # print an array script
     only: int | None = None  # run this task of the array, after its clone
@@ -76,27 +84,30 @@ class Args:
 
 class Job:
     """A run in its own folder, to be started or resumed."""
-    def __init__(self, args, seed, env, method):
-        self.name = f"{env}__{method}__{seed}".replace("/", "-").replace(":", "-")
+    def __init__(self, args, seed, task, method):
+        poco.require(task in TASKS, f"there is no task {task}, only {', '.join(TASKS)}")
+        self.key = [task, method, str(seed)]
+        self.name = "__".join(self.key)
         self.folder = args.out.resolve() / self.name
-        self.result = args.results / f"{self.name}.csv"
-        setting, *changes = method.split("+")
-        base = setting.removesuffix("-weak")
+        self.results = args.results
+        base, *changes = method.split("+")
         poco.require(base in METHODS, f"there is no method {base}, only {', '.join(METHODS)}")
         self.words = METHODS[base].split()
         for change in changes:
             self.words += f"--{change}".split("=", 1)
         self.clone = None
-        options = {"--env-id": env, "--seed": seed, "--torch-threads": 1}
-        if not base.endswith("clone"):
-            self.clone = Job(args, seed, env, "clone" if base == setting else "weak-clone")
+        options = {"--seed": seed, "--torch-threads": 1}
+        if base != "clone" and "--dataset none" not in TASKS[task]:
+            self.clone = Job(args, seed, task, "clone")
             options["--policy"] = f"{self.clone.folder}/runs/*/clone.pt"
-            options["--critic-warmup"] = DEFAULTS["critic_warmup"]  # other arguments: the clone's
+            for name in ("critic_warmup", "eval_episodes"):  # other arguments are the clone's
+                options[f"--{name.replace('_', '-')}"] = DEFAULTS[name]
+        if base != "clone":
             options["--total-timesteps"] = args.total_timesteps
         for name, value in options.items():
             if name not in self.words:  # a method's own counts
                 self.words += [name, str(value)]
-        self.words += shlex.split(f"{ENVIRONMENTS.get(env, '')} {args.extra}")
+        self.words += shlex.split(f"{TASKS[task]} {args.extra}")
 
     def files(self, name):
         return sorted(self.folder.glob(f"runs/*/{name}"))
@@ -145,20 +156,21 @@ class Job:
         return f"{reason} ({self.folder}/log.txt)"
 
     def write_result(self):
-        """The command, what else is not a default, and the evaluations, first the clone's."""
-        _, content = poco.read_file(self.files("policy.pt")[0])
-        words = ["# python", *self.words]
-        for name, value in content["args"].items():
-            option = f"--{name.replace('_', '-')}"
-            if value != DEFAULTS.get(name) and option not in self.words:
-                words.append(f"{name}={value}")
-        lines = [" ".join(words).replace(f"{ROOT}/", ""), ",".join(COLUMNS)]
+        """Puts the evaluations, first the clone's, in place of older ones in the CSV."""
+        rows = []
         for row in self.rows():
             if row["eval/success"]:
-                values = [f"{float(row[name]):.5g}" for name in COLUMNS[1:]]
-                lines.append(",".join([row["global_step"], *values]))
-        self.result.parent.mkdir(parents=True, exist_ok=True)
-        self.result.write_text("\n".join(lines) + "\n")
+                names = ("seconds", "eval/success", "eval/return")
+                values = [f"{float(row[name]):.5g}" for name in names]
+                rows.append([*self.key, row["global_step"], *values])
+        with open(self.results, "a+", newline="") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            others = [row for row in csv.reader(file) if row[:3] != self.key]
+            rows += others[1:]  # without the titles
+            rows.sort(key=lambda row: (*row[:2], int(row[2]), int(row[3])))
+            file.truncate(0)
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
 def next_job(queue, finished):
@@ -190,10 +202,10 @@ def work(queue, workers):
                 del running[job]
                 if not job.done():
                     failed[job.name] = job.error(process)
-                elif job.clone:
+                    continue
+                finished.add(job.name)
+                if job.key[1] != "clone":
                     job.write_result()
-                else:
-                    finished.add(job.name)
     finally:
         for process in running.values():
             if process:
@@ -214,7 +226,7 @@ def print_slurm(num_jobs):
 
 def main(args):
     poco.require(args.workers > 0, "--workers is below 1.")
-    keys = itertools.product(args.seeds, args.envs, args.methods)
+    keys = itertools.product(args.seeds, args.tasks, args.methods)
     jobs = [Job(args, *key) for key in keys]
     if args.slurm:
         return print_slurm(len(jobs))
