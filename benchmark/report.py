@@ -160,7 +160,7 @@ def long_row(method, runs):
 
 
 def short_row(task, methods, columns):
-    """A task's cells: the clone, then success at the end and steps to 90 % of the columns' methods."""
+    """A task's cells: the clone, then for each column success at the end and steps to 90 %."""
     clone, _, _ = mean_and_interval(100 * methods["poco"][:, 0, SUCCESS])
     cells = {"task": task, "steps": with_spaces(methods["poco"][0, -1, STEP])}
     cells["clone"] = f"{clone:.0f}"
