@@ -61,7 +61,7 @@ class Args:
     # task and data
     env_id: str = "FetchPickAndPlace-v4"  # Gymnasium id or module:id; actions: a bounded Box
     dataset: str = "demos"  # file.npz, ogbench:name, Minari id, none; demos: the task's in demos/
-    num_demos: int | None = None  # at most so many, drawn by --seed (default: 20 of demos/, or all)
+    num_demos: int | None = None  # at most so many, drawn by --seed (default: 30 of demos/, or all)
     success_at: Literal["end", "any"] = "end"  # which step's success counts: the last, or any
     # networks
     hidden_dim: int = 256  # width of the three hidden layers of policy and critics
@@ -816,7 +816,7 @@ def load_demonstrations(args, env):
     order = np.random.default_rng(args.seed).permutation(len(episodes))
     num_demos = args.num_demos
     if args.dataset == "demos" and num_demos is None:
-        num_demos = 20
+        num_demos = 30
     demos = [episodes[i] for i in sorted(order[:num_demos])]
     number = f"{len(demos)} of {len(episodes)} episodes"
     tqdm.write(f"demonstrations: {number}, success {mean_success(demos):.2f}")

@@ -1286,7 +1286,7 @@ def test_demonstrations_have_room_of_their_own(monkeypatch):
 
 @pytest.mark.parametrize(("env_id", "success"), [("Reach", 1.0), ("Push", 0.87), ("PickAndPlace", 0.93)])
 def test_demos_are_in_the_repository(env_id, success):
-    assert len(load_demos(Args(env_id=f"Fetch{env_id}-v4"))) == 20
+    assert len(load_demos(Args(env_id=f"Fetch{env_id}-v4"))) == 30
     demos = load_demos(Args(env_id=f"Fetch{env_id}-v4", num_demos=200))
     assert len(demos) == 200 and all(len(demo.actions) == 50 for demo in demos)
     assert poco.mean_success(demos) == pytest.approx(success, abs=0.006)
