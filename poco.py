@@ -123,8 +123,8 @@ class Encoder(nn.Module):
                 layers += [nn.Conv2d(channels, out_channels, kernel_size, stride), nn.SiLU()]
                 channels = out_channels
             convolution = nn.Sequential(*layers, nn.Flatten())
-            num_pixels = convolution(image).shape[1]
-            convolution.append(nn.Linear(num_pixels, image_features))
+            num_activations = convolution(image).shape[1]
+            convolution.append(nn.Linear(num_activations, image_features))
             convolution.append(nn.LayerNorm(image_features))
             self.convolutions.append(convolution)
         self.feature_dim = self.layout.vector_size + image_features * len(self.convolutions)
@@ -385,7 +385,7 @@ def train(args: Args, make_networks=make_networks):
         step, critic_updates = run.load_checkpoint()
     elif demos:
         if not args.policy:
-            fit_normalizers(networks, demo_buffer)
+            fit_statistics(networks, demo_buffer)
             for _ in progress(range(args.bc_steps), "cloning"):
                 batch = demo_buffer.sample(args.batch_size)
                 run.record(update_clone(policy, policy_optimizer, batch))
@@ -423,7 +423,7 @@ def train(args: Args, make_networks=make_networks):
 
             if len(buffer) + len(demo_buffer) >= args.batch_size:
                 if critic_updates == 0 and not demos and not args.policy:
-                    fit_normalizers(networks, buffer)
+                    fit_statistics(networks, buffer)
                 fit_reward_scale(critic, target_critic, buffer)  # once there is a reward
                 updates_before = int((step - 1) * args.utd_ratio)
                 for _ in range(updates_before, int(step * args.utd_ratio)):
@@ -474,13 +474,15 @@ class Layout:
         self.size = self.vector_size
         self.dtype = np.dtype(np.uint8)
         if self.image_shapes:
-            self.size = 4 * self.size + sum(map(math.prod, self.image_shapes.values()))
+            image_sizes = map(math.prod, self.image_shapes.values())
+            self.size = 4 * self.vector_size + sum(image_sizes)
         else:
             self.dtype = np.result_type(*[box.dtype for box in flat])
 
     def pack(self, obs):
         """Returns: the row (size,)."""
-        obs = obs if isinstance(obs, dict) else {"": obs}
+        if not isinstance(obs, dict):
+            obs = {"": obs}
         parts = [gym.spaces.flatten(part, obs[name]) for name, part in self.vectors.items()]
         if self.image_shapes:
             parts = [part.astype(np.float32).view(np.uint8) for part in parts]
@@ -629,7 +631,7 @@ class ReplayBuffer:
         self.steps[: self.size] = state["steps"]
 
 
-def fit_normalizers(networks, buffer):
+def fit_statistics(networks, buffer):
     """Gives every Encoder the buffer's statistics. What float32 does not resolve, or what only
     jitters beside the other entries, is not scaled. Args: networks, by name."""
     vectors, _ = buffer.layout.split(buffer.obs[: buffer.size])

@@ -177,7 +177,7 @@ def test_statistics_are_the_buffer_s_and_what_only_jitters_is_not_scaled(capsys)
     buffer.add(Trajectory(obs, np.zeros((99, 2)), np.zeros(99), False, 0.0))
     for scale in (1, 1e-4):  # small units
         buffer.obs[:100] = scale * torch.tensor(obs)
-        poco.fit_normalizers({"policy": policy, "critic": critic}, buffer)
+        poco.fit_statistics({"policy": policy, "critic": critic}, buffer)
         features = policy.encode(buffer.obs[:100])
         assert features.dtype == torch.float32 and torch.equal(features, critic.encode(buffer.obs[:100]))
         assert features[:, :3].abs().max() < 1e-5
@@ -185,7 +185,7 @@ def test_statistics_are_the_buffer_s_and_what_only_jitters_is_not_scaled(capsys)
         assert features[:, 4].mean().abs() < 1e-4 and policy.encode(buffer.obs + 100).abs().max() <= 10
     assert capsys.readouterr().out == ""
     buffer.obs[:, 3] += 1e8
-    poco.fit_normalizers({"policy": policy, "critic": critic}, buffer)
+    poco.fit_statistics({"policy": policy, "critic": critic}, buffer)
     assert "vary by less than float32 resolves" in capsys.readouterr().out and policy.encode.std[3] == 1
 
 
