@@ -38,15 +38,15 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-with contextlib.redirect_stderr(io.StringIO()):  # hides a notice about three environments
-    import gymnasium_robotics
-
 METHOD = "poco"
 CPU_FEATURES = torch.cpu.get_capabilities()
 CPU_BF16 = CPU_FEATURES.get("amx_bf16", False) or CPU_FEATURES.get("avx512_bf16", False)
 REFRESH = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
 progress = partial(tqdm, mininterval=REFRESH)
-gym.register_envs(gymnasium_robotics)
+if importlib.util.find_spec("gymnasium_robotics"):  # beside robosuite it cannot be
+    with contextlib.redirect_stderr(io.StringIO()):  # hides a notice about three environments
+        import gymnasium_robotics
+    gym.register_envs(gymnasium_robotics)
 
 
 @dataclass
@@ -107,8 +107,8 @@ def check_method(args: Args):
 # Networks
 class Encoder(nn.Module):
     """Features (B, F). Vectors are shifted and scaled by the data's statistics, which travel in the
-    state dict. Images pass DQN's convolutions (Mnih et al., 2015): on a CPU those of DrQ-v2 would
-    take seven times as long. Args: obs_space, of vectors and images."""
+    state dict. Images pass the convolutions of the first DQN (arXiv 1312.5602); those of DrQ-v2
+    would be twenty times the work. Args: obs_space, of vectors and images."""
     def __init__(self, obs_space: gym.Space, image_features: int = 64):
         super().__init__()
         self.layout = Layout(obs_space)
@@ -118,24 +118,27 @@ class Encoder(nn.Module):
         for frames, height, width, colors in self.layout.image_shapes.values():
             channels = frames * colors
             image = torch.zeros(1, channels, height, width)
-            layers = []
-            for out_channels, kernel_size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-                layers += [nn.Conv2d(channels, out_channels, kernel_size, stride), nn.SiLU()]
-                channels = out_channels
-            convolution = nn.Sequential(*layers, nn.Flatten())
-            num_activations = convolution(image).shape[1]
-            convolution.append(nn.Linear(num_activations, image_features))
-            convolution.append(nn.LayerNorm(image_features))
-            self.convolutions.append(convolution)
+            layers = nn.Sequential(
+                nn.Conv2d(channels, 16, kernel_size=8, stride=4),
+                nn.ReLU(),
+                nn.Conv2d(16, 32, kernel_size=4, stride=2),
+                nn.ReLU(),
+                nn.Flatten(),
+            )
+            num_activations = layers(image).shape[1]
+            layers.append(nn.Linear(num_activations, image_features))
+            layers.append(nn.LayerNorm(image_features))
+            self.convolutions.append(layers)
         self.feature_dim = self.layout.vector_size + image_features * len(self.convolutions)
 
     def forward(self, obs: Tensor) -> Tensor:
         vectors, images = self.layout.split(obs)
         vectors = vectors.nan_to_num()  # such an episode is left out, but acted in
-        features = [((vectors - self.mean) / self.std).clamp(-10, 10).float()]
-        for convolution, image in zip(self.convolutions, images):
+        scaled = (vectors - self.mean) / self.std
+        features = [scaled.clamp(-10, 10).float()]
+        for layers, image in zip(self.convolutions, images):
             pixels = image.movedim(4, 2).flatten(1, 2).float()  # (B, frames * colors, H, W)
-            features.append(convolution(pixels / 255 - 0.5))
+            features.append(layers(pixels / 255))
         return torch.cat(features, dim=1)
 
 
@@ -451,46 +454,42 @@ def train(args: Args, make_networks=make_networks):
 
 # Observations
 class Layout:
-    """How an observation lies in a row: vectors alone as they are; beside images in float32, as
-    bytes, and then the images. Args: space, a Box or Dict; images: uint8, (H, W, C) or stacked."""
+    """How an observation lies in a row: as gymnasium.spaces.flatten puts it, with images as bytes
+    behind the vectors' float32. Args: space, a Box or Dict; images: uint8, (H, W, C) or stacked."""
     def __init__(self, space):
         self.space = space
-        self.parts = {"": space}
-        if isinstance(space, gym.spaces.Dict):
-            self.parts = space.spaces
-        self.vectors = {}
+        self.parts = space
+        if not isinstance(space, gym.spaces.Dict):
+            self.parts = gym.spaces.Dict({"": space})
         self.image_shapes = {}  # (frames, H, W, C) by name
+        is_vector = []
         for name, part in self.parts.items():
-            if part.dtype != np.uint8 or len(part.shape) < 3:
-                require(part.is_np_flattenable, f"{part} is not flat")
-                self.vectors[name] = part
-                continue
-            shape = (1, *part.shape)[-4:]
-            usable = min(shape[1:3]) >= 36 and shape[3] <= 4
-            require(usable, f"images are (H, W, C), 36 pixels or more, but not {part.shape}")
-            self.image_shapes[name] = shape
-        flat = [gym.spaces.flatten_space(part) for part in self.vectors.values()]
-        self.vector_size = sum(box.shape[0] for box in flat)
-        self.size = self.vector_size
-        self.dtype = np.dtype(np.uint8)
+            size = gym.spaces.flatdim(part)
+            if part.dtype == np.uint8 and len(part.shape) > 2:
+                shape = (1, *part.shape)[-4:]
+                usable = min(shape[1:3]) >= 20 and shape[3] <= 4
+                require(usable, f"images are (H, W, C), 20 pixels or more, but not {part.shape}")
+                self.image_shapes[name] = shape
+            is_vector += [name not in self.image_shapes] * size
+        self.is_vector = np.array(is_vector)
+        self.vector_size = sum(is_vector)
+        self.size = len(is_vector)
+        self.dtype = gym.spaces.flatten_space(self.parts).dtype
         if self.image_shapes:
-            image_sizes = map(math.prod, self.image_shapes.values())
-            self.size = 4 * self.vector_size + sum(image_sizes)
-        else:
-            self.dtype = np.result_type(*[box.dtype for box in flat])
+            self.size += 3 * self.vector_size  # float32 has four bytes
+            self.dtype = np.dtype(np.uint8)
 
     def pack(self, obs):
         """Returns: the row (size,)."""
         if not isinstance(obs, dict):
             obs = {"": obs}
-        parts = [gym.spaces.flatten(part, obs[name]) for name, part in self.vectors.items()]
-        if self.image_shapes:
-            parts = [part.astype(np.float32).view(np.uint8) for part in parts]
-        for name in self.image_shapes:
-            parts.append(np.asarray(obs[name], np.uint8).ravel())
-        row = np.concatenate(parts)
-        require(row.shape == (self.size,), "the observation is not in its space")
-        return row
+        row = gym.spaces.flatten(self.parts, obs)
+        require(row.shape == self.is_vector.shape, "the observation is not in its space")
+        if not self.image_shapes:
+            return row
+        vectors = row[self.is_vector].astype(np.float32)
+        images = row[~self.is_vector].astype(np.uint8)
+        return np.concatenate([vectors.view(np.uint8), images])
 
     def pack_column(self, columns, key):
         """Returns: rows (n, size) of a file, None if it has none. Vectors alone, or an image alone,
@@ -500,8 +499,11 @@ class Layout:
         keys = [f"{key}/{name}".removesuffix("/") for name in self.parts]
         if not columns.keys() >= set(keys):
             return None
-        observations = zip(*[columns[key] for key in keys])
-        return np.array([self.pack(dict(zip(self.parts, obs))) for obs in observations])
+        rows = []
+        for parts in zip(*[columns[key] for key in keys]):
+            obs = dict(zip(self.parts, parts))
+            rows.append(self.pack(obs))
+        return np.array(rows)
 
     def split(self, rows):
         """Args: rows (B, size). Returns: vectors (B, V), and views (B, frames, H, W, C)."""
@@ -520,15 +522,15 @@ class Layout:
         """Moves each image by up to 4 pixels, its border repeated (DrQ-v2, arXiv 2107.09645)."""
         _, images = self.split(rows)
         for image in images:
-            places = []
-            for side in image.shape[2:4]:
-                offset = torch.randint(-4, 5, (len(rows), 1), device=rows.device)
-                place = torch.arange(side, device=rows.device) + offset
-                places.append(place.clamp(0, side - 1))
-            down, right = places  # (B, H), (B, W)
-            i = torch.arange(len(rows), device=rows.device)[:, None, None]
-            moved = image[i, :, down[:, :, None], right[:, None, :]]  # (B, H, W, frames, C)
-            image.copy_(moved.movedim(3, 1))
+            height, width = image.shape[2:4]
+            padded = image
+            for dim in (2, 3):
+                first = padded.narrow(dim, 0, 1)
+                last = padded.narrow(dim, -1, 1)
+                padded = torch.cat([first] * 4 + [padded] + [last] * 4, dim)
+            corners = torch.randint(9, (len(rows), 2)).tolist()
+            for target, source, (y, x) in zip(image, padded, corners):
+                target.copy_(source[:, y : y + height, x : x + width])
         return rows
 
 
@@ -606,7 +608,7 @@ class ReplayBuffer:
         left = left[:, 0]  # (B, 1)
         valid = (i < left).float()  # (B, T)
         filler = actions.roll(1, dims=0)  # of another window: Q must not depend on them
-        chunk = torch.where(valid[..., None] > 0, actions, filler).flatten(1)
+        chunk = torch.where(valid[..., None] > 0, actions, filler)
         discount = valid * self.gamma**i
         reward = (rewards[..., 0] * discount).sum(1)
         reaches_end = left[:, 0] <= self.chunk_size
@@ -614,7 +616,8 @@ class ReplayBuffer:
         after = (start + valid.sum(1).long()) % self.capacity
         obs = self.layout.shift(self.obs[start])
         next_obs = self.layout.shift(self.obs[after])
-        return Batch(obs, chunk, reward, next_obs, terminated, kept[:, 0, 0], valid)
+        kept = kept[:, 0, 0]
+        return Batch(obs, chunk.flatten(1), reward, next_obs, terminated, kept, valid)
 
     def state_dict(self):
         return {
@@ -851,7 +854,8 @@ def cut(columns, env):
     terminals = columns["terminals"].ravel() > 0
     ends = terminals | (columns["timeouts"].ravel() > 0)
     next_obs = env.layout.pack_column(columns, "next_observations")
-    success = columns.get("success", np.full(len(actions), math.nan)).ravel()
+    unreported = np.full(len(actions), math.nan)
+    success = columns.get("success", unreported).ravel()
     require(obs is not None, "there are no observations")
     for column in (actions, rewards, ends, success):
         require(len(column) == len(obs), "columns differ in their numbers of rows")
@@ -863,7 +867,8 @@ def cut(columns, env):
         last_obs = obs[last]
         if next_obs is not None:
             before = next_obs[start:last]
-            torn = ~np.isclose(before, obs[start + 1 : last + 1], equal_nan=True).all(1)
+            after = obs[start + 1 : last + 1]
+            torn = ~np.isclose(before, after, equal_nan=True).all(1)
             row = start + np.append(torn, True).argmax()  # the first that is torn, else the last
             require(row == last, f"row {row}: next_observations are not the next row's")
             last_obs = next_obs[last]
@@ -884,7 +889,8 @@ def read_minari(dataset_id, env):
     dataset = minari.load_dataset(dataset_id, download=True)
     layout = Layout(dataset.observation_space)
     for recorded in dataset.iterate_episodes():
-        every = gym.vector.utils.batch_space(layout.space, len(recorded.rewards) + 1)
+        num_obs = len(recorded.rewards) + 1
+        every = gym.vector.utils.batch_space(layout.space, num_obs)
         parts = gym.vector.utils.iterate(every, recorded.observations)
         rows = [layout.pack(part) for part in parts]
         infos = recorded.infos or {}
@@ -1071,7 +1077,10 @@ def explained(what):
         yield
     except Exception as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}, "
-        raise UserError(f"{what}: {kind}{error}") from error
+        hint = ""
+        if "OpenGL" in str(error):
+            hint = ". Without a screen, set MUJOCO_GL=egl (Debian: apt install libegl1)"
+        raise UserError(f"{what}: {kind}{error}{hint}") from error
 
 
 def check(args):
@@ -1079,7 +1088,8 @@ def check(args):
     for name, value in vars(args).items():
         if type(value) in (int, float):
             least = 0 if name in MAY_BE_ZERO else 1e-9
-            require(least <= value < 2**31, f"--{name.replace('_', '-')} {value} is out of range.")
+            option = name.replace("_", "-")
+            require(least <= value < 2**31, f"--{option} {value} is out of range.")
     require(args.gamma <= 1, "--gamma must not be above 1.")
     require(args.tau <= 1, "--tau must not be above 1.")
     require(2 <= args.batch_size <= args.buffer_size, "--batch-size: from 2 to --buffer-size.")
