@@ -1511,10 +1511,10 @@ class Resnet(torch.nn.Module):
         return self.fc(self.conv(image).mean((2, 3)))
 
 
-def test_readme_s_frozen_backbone_is_not_trained(monkeypatch):
+def test_the_frozen_backbone_as_documented_is_not_trained(monkeypatch):
     torchvision = types.SimpleNamespace(models=types.SimpleNamespace(resnet18=Resnet))
     monkeypatch.setitem(sys.modules, "torchvision", torchvision)
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "benchmark/README.md").read_text()
     (code,) = re.findall(r"```python\n(import poco\n.+?)```", readme, flags=re.DOTALL)
     run = mock.Mock()
     monkeypatch.setattr(poco, "main", run)

@@ -1,14 +1,17 @@
-"""FetchReach by two cameras for --env-id, and demonstrations of it.
+"""FetchReach by two cameras for --env-id, the same from vectors, and demonstrations of both.
 
     MUJOCO_GL=egl python benchmark/camera_tasks.py --out runs/reach-camera.npz
     MUJOCO_GL=egl python poco.py --env-id benchmark.camera_tasks:FetchReachCamera-v0 \\
         --dataset runs/reach-camera.npz
 
-The goal is in the images alone; the robot's own position and velocity are a vector.
+The goal is in the images alone, as a red mark; the gripper's position and velocity are a vector.
+Steps are a quarter of FetchReach's, and reaching the goal ends the episode. FetchReachVectors-v0
+has the goal as a vector, for data made with --task FetchReachVectors.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
 import gymnasium_robotics
@@ -24,9 +27,17 @@ VIEWS = {"front": 180, "side": 90}  # degrees around the table
 @dataclass
 class Args:
     out: Path
-    num_demos: int = 20
+    task: Literal["FetchReachCamera", "FetchReachVectors"] = "FetchReachCamera"
+    num_demos: int = 100
     demo_noise: float = 0.4  # standard deviation of the noise on their actions
     seed: int = 1
+
+
+class Reach(gym.Wrapper):
+    """FetchReach in quarter steps, ended by success."""
+    def step(self, action):
+        obs, reward, _, truncated, info = self.env.step(action / 4)
+        return obs, reward, info["is_success"] > 0, truncated, info
 
 
 class Cameras(gym.ObservationWrapper):
@@ -36,6 +47,7 @@ class Cameras(gym.ObservationWrapper):
         model = env.unwrapped.model
         model.vis.quality.shadowsize = 0  # shadows and smooth edges are slow without a GPU
         model.vis.quality.offsamples = 0
+        model.site("target0").size[:] = 0.04  # metres: four pixels wide
         self.renderer = mujoco.Renderer(model, 64, 64)
         self.cameras = {}
         for name, azimuth in VIEWS.items():
@@ -51,12 +63,13 @@ class Cameras(gym.ObservationWrapper):
         self.observation_space = gym.spaces.Dict(parts)
 
     def observation(self, obs):
-        robot = self.env.unwrapped
+        robot = self.unwrapped
         robot._render_callback()  # moves the mark to the goal
-        parts = {"state": obs["observation"]}
+        parts = {}
         for name, camera in self.cameras.items():
             self.renderer.update_scene(robot.data, camera)
             parts[name] = self.renderer.render()
+        parts["state"] = obs["observation"]
         return parts
 
     def close(self):
@@ -64,48 +77,58 @@ class Cameras(gym.ObservationWrapper):
         super().close()
 
 
-def make():
-    return Cameras(gym.make("FetchReach-v4"))
+def make_vectors():
+    return gym.wrappers.FlattenObservation(Reach(gym.make("FetchReach-v4")))
 
 
-gym.register("FetchReachCamera-v0", make, max_episode_steps=50)
+def make_camera():
+    return Cameras(Reach(gym.make("FetchReach-v4")))
+
+
+gym.register("FetchReachVectors-v0", make_vectors, max_episode_steps=50)
+gym.register("FetchReachCamera-v0", make_camera, max_episode_steps=50)
+
+
+def columns(obs):
+    """Returns: what --dataset has of an observation, by the end of its key."""
+    if isinstance(obs, dict):
+        return {f"/{name}": part for name, part in obs.items()}
+    return {"": obs}
 
 
 def demonstrate(env, seed, noise):
-    """Returns: rows of poco.py's --dataset; the last only shows where the episode ended."""
+    """Returns: an episode's rows of poco.py's --dataset."""
     rng = np.random.default_rng(seed)
     obs, _ = env.reset(seed=seed)
     rows = []
-    truncated = False
-    success = 0.0
-    while not truncated:
+    ended = False
+    while not ended:
         full = env.unwrapped._get_obs()
         delta = full["desired_goal"] - full["achieved_goal"]
         action = np.append(15 * delta, 0).clip(-1, 1)
         action = np.clip(action + noise * rng.standard_normal(4), -1, 1)
-        next_obs, reward, _, truncated, info = env.step(action)
-        success = info["is_success"]
-        parts = [obs[name] for name in env.observation_space]
-        rows.append((*parts, action, reward, 0, 0, success))
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        row = {f"observations{end}": part for end, part in columns(obs).items()}
+        row |= {f"next_observations{end}": part for end, part in columns(next_obs).items()}
+        row |= {"actions": action, "rewards": reward, "success": info["is_success"]}
+        row |= {"terminals": terminated, "timeouts": truncated}
+        rows.append(row)
         obs = next_obs
-    parts = [obs[name] for name in env.observation_space]
-    rows.append((*parts, np.zeros(4), 0, 0, 1, success))
+        ended = terminated or truncated
     return rows
 
 
 def main(args):
-    env = gym.make("FetchReachCamera-v0")
-    names = [f"observations/{name}" for name in env.observation_space]
-    names += ["actions", "rewards", "terminals", "timeouts", "success"]
+    env = gym.make(f"{args.task}-v0")
     first_seed = (2 * args.seed + 1) * 10**6
     rows = []
     for seed in trange(first_seed, first_seed + args.num_demos):
         rows += demonstrate(env, seed, args.demo_noise)
-    columns = [np.array(column) for column in zip(*rows, strict=True)]
+    data = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(args.out, **dict(zip(names, columns, strict=True)))
-    ends = columns[-2] > 0
-    print(f"{ends.sum()} episodes, success {columns[-1][ends].mean():.2f}")
+    np.savez_compressed(args.out, **data)
+    success = data["success"].sum() / args.num_demos
+    print(f"success {success:.2f}, {len(rows) / args.num_demos:.0f} steps an episode")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The peers' equations and command lines: python -m pytest benchmark/test_peers.py"""
+"""The peers and Robomimic's files: python -m pytest benchmark/test_peers.py"""
 
 import csv
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fql
 import numpy as np
+import pytest
 import qc
 import sac
 import torch
@@ -132,3 +133,26 @@ def test_peers_begin_with_a_clone_and_go_on_as_if_never_stopped(tmp_path):
         folder, _ = run(f"{peer} {start} 200", tmp_path)
         resumed = run(f"{peer} --resume {folder} --total-timesteps 400", tmp_path)
         assert resumed == (folder, whole)
+
+
+def test_an_episode_of_robomimic_ends_with_the_step_that_solves_it():
+    pytest.importorskip("h5py")
+    import robomimic_data
+
+    step = np.arange(6.0)[:, None]
+    parts = {"eef": np.hstack([step, step]), "object": 10 * step}
+    after = {name: part + 1 for name, part in parts.items()}
+    solved = {"rewards": np.array([0, 0, 0, 1, 0, 1]), "actions": step}
+    solved |= {"obs": parts, "next_obs": after}
+    columns = robomimic_data.read(solved, ["object", "eef"])
+    assert columns["observations"].tolist() == [[10, 1, 1], [20, 2, 2], [30, 3, 3]]
+    assert columns["next_observations"].tolist() == [[11, 2, 2], [21, 3, 3], [31, 4, 4]]
+    assert columns["rewards"].tolist() == [-1, -1, 0]
+    assert columns["terminals"].tolist() == [False, False, True]
+    assert not columns["timeouts"].any()
+
+    failed = solved | {"rewards": np.zeros(6)}
+    columns = robomimic_data.read(failed, ["object", "eef"])
+    assert columns["rewards"].tolist() == [-1] * 5
+    assert columns["timeouts"].tolist() == [False] * 4 + [True]
+    assert not columns["terminals"].any()
