@@ -44,8 +44,8 @@ TASKS = {  # what to type for them, paths absolute; benchmark/README.md says how
     "cube-double": f"--env-id ogbench:cube-double-singletask-task2-v0 {DATA}/cube-double.npz",
     "scene": "--env-id ogbench:scene-singletask-task1-v0"
     " --dataset ogbench:scene-play-singletask-task1-v0",
-    "lift": f"{ROBOSUITE}:Lift-v0 {DATA}/lift.npz --eval-episodes 50",
-    "can": f"{ROBOSUITE}:Can-v0 {DATA}/can.npz --eval-episodes 50",
+    "lift": f"{ROBOSUITE}:Lift-v0 {DATA}/lift.npz --num-demos 5 --eval-episodes 50",
+    "can": f"{ROBOSUITE}:Can-v0 {DATA}/can.npz --num-demos 10 --eval-episodes 50",
     "reach-camera": f"{CAMERA}:FetchReachCamera-v0 {DATA}/reach-camera.npz {FEW}",
     "reach-vectors": f"{CAMERA}:FetchReachVectors-v0 {DATA}/reach-vectors.npz {FEW}",
     "reach-from-nothing": "--env-id FetchReach-v4 --dataset none",
@@ -99,7 +99,8 @@ class Job:
         self.results = args.results
         base, *changes = method.split("+")
         poco.require(base in METHODS, f"there is no method {base}, only {', '.join(METHODS)}")
-        self.words = METHODS[base].split()
+        script, *own = METHODS[base].split()
+        self.words = [script, *shlex.split(f"{TASKS[task]} {args.extra}"), *own]
         for change in changes:
             self.words += f"--{change}".split("=", 1)
         self.clone = None
@@ -112,9 +113,8 @@ class Job:
         if base != "clone":
             options["--total-timesteps"] = args.total_timesteps
         for name, value in options.items():
-            if name not in self.words:  # a method's own counts
+            if name not in self.words:  # what a task or method has counts
                 self.words += [name, str(value)]
-        self.words += shlex.split(f"{TASKS[task]} {args.extra}")
 
     def files(self, name):
         return sorted(self.folder.glob(f"runs/*/{name}"))
