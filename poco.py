@@ -43,7 +43,7 @@ CPU_FEATURES = torch.cpu.get_capabilities()
 CPU_BF16 = CPU_FEATURES.get("amx_bf16", False) or CPU_FEATURES.get("avx512_bf16", False)
 REFRESH = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
 progress = partial(tqdm, mininterval=REFRESH)
-if importlib.util.find_spec("gymnasium_robotics"):  # beside robosuite it cannot be
+if importlib.util.find_spec("gymnasium_robotics"):  # robosuite does without it
     with contextlib.redirect_stderr(io.StringIO()):  # hides a notice about three environments
         import gymnasium_robotics
     gym.register_envs(gymnasium_robotics)
