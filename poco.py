@@ -43,7 +43,7 @@ CPU_FEATURES = torch.cpu.get_capabilities()
 CPU_BF16 = CPU_FEATURES.get("amx_bf16", False) or CPU_FEATURES.get("avx512_bf16", False)
 REFRESH = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
 progress = partial(tqdm, mininterval=REFRESH)
-if importlib.util.find_spec("gymnasium_robotics"):  # robosuite does without it
+if importlib.util.find_spec("gymnasium_robotics"):  # may be missing beside robosuite
     with contextlib.redirect_stderr(io.StringIO()):  # hides a notice about three environments
         import gymnasium_robotics
     gym.register_envs(gymnasium_robotics)
@@ -454,8 +454,8 @@ def train(args: Args, make_networks=make_networks):
 
 # Observations
 class Layout:
-    """How an observation lies in a row: as gymnasium.spaces.flatten puts it, with images as bytes
-    behind the vectors' float32. Args: space, a Box or Dict; images: uint8, (H, W, C) or stacked."""
+    """How an observation lies in a row: vectors as gymnasium.spaces.flatten puts them; with images,
+    bytes, the vectors' float32 first. Args: space, a Box or Dict; images: uint8, (H, W, C)."""
     def __init__(self, space):
         self.space = space
         self.parts = space

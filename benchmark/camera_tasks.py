@@ -47,7 +47,7 @@ class Cameras(gym.ObservationWrapper):
         model = env.unwrapped.model
         model.vis.quality.shadowsize = 0  # shadows and smooth edges are slow without a GPU
         model.vis.quality.offsamples = 0
-        model.site("target0").size[:] = 0.04  # metres: four pixels wide
+        model.site("target0").size[:] = 0.04  # metres, its radius: seven pixels wide
         self.renderer = mujoco.Renderer(model, 64, 64)
         self.cameras = {}
         for name, azimuth in VIEWS.items():

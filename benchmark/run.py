@@ -34,6 +34,7 @@ DATA = f"--dataset {ROOT}/runs"
 METAWORLD = "--env-id benchmark.metaworld_tasks"
 ROBOSUITE = "--env-id benchmark.robosuite_tasks"
 CAMERA = "--env-id benchmark.camera_tasks"
+# few demonstrations; small batches, because an update with images is slow
 FEW = "--num-demos 5 --batch-size 64 --bc-steps 3000 --critic-warmup 500 --eval-episodes 50"
 TASKS = {  # what to type for them, paths absolute; benchmark/README.md says how to make the data
     "pick-and-place": "--env-id FetchPickAndPlace-v4 --num-demos 20",
