@@ -107,29 +107,24 @@ def check_method(args: Args):
 # Networks
 class Encoder(nn.Module):
     """Features (B, F). Vectors are shifted and scaled by the data's statistics, which travel in the
-    state dict. Images pass the convolutions of the first DQN (arXiv 1312.5602); those of DrQ-v2
-    would be twenty times the work. Args: obs_space, of vectors and images."""
-    def __init__(self, obs_space: gym.Space, image_features: int = 64):
+    state dict. Images pass the convolutions of the first DQN (arXiv 1312.5602), and the features
+    are where each channel is active. Args: obs_space, of vectors and images."""
+    def __init__(self, obs_space: gym.Space, image_channels: int = 32):
         super().__init__()
         self.layout = Layout(obs_space)
-        self.register_buffer("mean", torch.zeros(self.layout.vector_size))
-        self.register_buffer("std", torch.ones(self.layout.vector_size))
+        vector = torch.zeros(self.layout.vector_size, dtype=torch.float64)  # offsets can be large
+        self.register_buffer("mean", vector)
+        self.register_buffer("std", vector + 1)
         self.convolutions = nn.ModuleList()
-        for frames, height, width, colors in self.layout.image_shapes.values():
-            channels = frames * colors
-            image = torch.zeros(1, channels, height, width)
+        for frames, _, _, colors in self.layout.image_shapes.values():
             layers = nn.Sequential(
-                nn.Conv2d(channels, 16, kernel_size=8, stride=4),
+                nn.Conv2d(frames * colors, 16, kernel_size=8, stride=4),
                 nn.ReLU(),
-                nn.Conv2d(16, 32, kernel_size=4, stride=2),
+                nn.Conv2d(16, image_channels, kernel_size=4, stride=2),
                 nn.ReLU(),
-                nn.Flatten(),
             )
-            num_activations = layers(image).shape[1]
-            layers.append(nn.Linear(num_activations, image_features))
-            layers.append(nn.LayerNorm(image_features))
             self.convolutions.append(layers)
-        self.feature_dim = self.layout.vector_size + image_features * len(self.convolutions)
+        self.feature_dim = self.layout.vector_size + 2 * image_channels * len(self.convolutions)
 
     def forward(self, obs: Tensor) -> Tensor:
         vectors, images = self.layout.split(obs)
@@ -138,8 +133,18 @@ class Encoder(nn.Module):
         features = [scaled.clamp(-10, 10).float()]
         for layers, image in zip(self.convolutions, images):
             pixels = image.movedim(4, 2).flatten(1, 2).float()  # (B, frames * colors, H, W)
-            features.append(layers(pixels / 255))
+            features.append(spatial_softmax(layers(pixels / 255)))
         return torch.cat(features, dim=1)
+
+
+def spatial_softmax(maps: Tensor) -> Tensor:
+    """Expected row and column of each channel's activation (arXiv 1504.00702), for which few
+    demonstrations suffice. Args: maps (B, C, H, W). Returns: (B, 2 C), in [-1, 1]."""
+    rows = torch.linspace(-1, 1, maps.shape[2])
+    columns = torch.linspace(-1, 1, maps.shape[3])
+    places = torch.cartesian_prod(rows, columns).to(maps.device)  # (H * W, 2)
+    weights = maps.float().flatten(2).softmax(2)  # (B, C, H * W)
+    return (weights[..., None] * places).sum(2).flatten(1)
 
 
 class FlowPolicy(nn.Module):
@@ -392,6 +397,9 @@ def train(args: Args, make_networks=make_networks):
             for _ in progress(range(args.bc_steps), "cloning"):
                 batch = demo_buffer.sample(args.batch_size)
                 run.record(update_clone(policy, policy_optimizer, batch))
+            if type(critic.encode) is type(policy.encode):  # of images: what the clone looks at
+                for network in (critic, target_critic):
+                    network.encode.load_state_dict(policy.encode.state_dict())
         fit_reward_scale(critic, target_critic, demo_buffer)
         for _ in progress(range(args.critic_warmup), "critics"):
             batch = demo_buffer.sample(args.batch_size)
@@ -635,17 +643,14 @@ class ReplayBuffer:
 
 
 def fit_statistics(networks, buffer):
-    """Gives every Encoder the buffer's statistics. What float32 does not resolve, or what only
-    jitters beside the other entries, is not scaled. Args: networks, by name."""
+    """Gives every Encoder the buffer's statistics. What is constant, or only jitters beside the
+    other entries, is not scaled. Args: networks, by name."""
     vectors, _ = buffer.layout.split(buffer.obs[: buffer.size])
     obs = vectors.double()
-    size = obs.abs().amax(0)
     std = obs.std(0, correction=0)
-    lost = std <= 1e-7 * size
-    jitter = std < 1e-4 * std[~lost].median()
-    if (lost & ~jitter & (std > 1e-12 * size)).any():
-        tqdm.write("observations vary by less than float32 resolves: subtract their offset first")
-    std[lost | jitter] = 1
+    constant = std <= 1e-12 * obs.abs().amax(0)  # but for rounding
+    jitter = std < 1e-4 * std[~constant].median()
+    std[constant | jitter] = 1
     for module in nn.ModuleList(networks.values()).modules():
         if isinstance(module, Encoder):
             module.mean.copy_(obs.mean(0))
@@ -672,8 +677,7 @@ class Environment:
             env = gym.make(self.name, disable_env_checker=True, **options)
             self.box = env.action_space
             require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
-            kind = self.box.dtype.kind
-            require(kind == "f", "actions are no floats")
+            require(self.box.dtype.kind == "f", "actions are no floats")
             self.width = self.box.high - self.box.low
             usable = np.isfinite(self.width) & (self.width > 0)
             require(usable.all(), "an action has no bounds, or low == high")
@@ -684,8 +688,7 @@ class Environment:
             self.layout = Layout(env.observation_space)
             env = gym.wrappers.ClipAction(env)  # RescaleAction may round past the bounds
             env.action_space = self.box
-            one = np.ones_like(self.box.high)
-            self.env = gym.wrappers.RescaleAction(env, -one, one)
+            self.env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
         self.obs_space = self.layout.space
         self.action_dim = math.prod(self.box.shape)
         self.reset(first_seed)

@@ -5,8 +5,9 @@
         --dataset runs/reach-camera.npz
 
 The goal is in the images alone, as a red mark; the gripper's position and velocity are a vector.
-Steps are a quarter of FetchReach's, and reaching the goal ends the episode. FetchReachVectors-v0
-has the goal as a vector, for data made with --task FetchReachVectors.
+Steps are a quarter of FetchReach's, the reward is minus the distance in metres, and coming within
+2 cm of the goal, not 5, ends the episode. FetchReachVectors-v0 has the goal as a vector, for data
+made with --task FetchReachVectors.
 """
 
 from dataclasses import dataclass
@@ -28,13 +29,17 @@ VIEWS = {"front": 180, "side": 90}  # degrees around the table
 class Args:
     out: Path
     task: Literal["FetchReachCamera", "FetchReachVectors"] = "FetchReachCamera"
-    num_demos: int = 100
+    num_demos: int = 60
     demo_noise: float = 0.4  # standard deviation of the noise on their actions
     seed: int = 1
 
 
 class Reach(gym.Wrapper):
-    """FetchReach in quarter steps, ended by success."""
+    """FetchReachDense in quarter steps, to a tolerance of 2 cm, ended by success."""
+    def __init__(self, env):
+        super().__init__(env)
+        env.unwrapped.distance_threshold = 0.02  # metres
+
     def step(self, action):
         obs, reward, _, truncated, info = self.env.step(action / 4)
         return obs, reward, info["is_success"] > 0, truncated, info
@@ -78,11 +83,11 @@ class Cameras(gym.ObservationWrapper):
 
 
 def make_vectors():
-    return gym.wrappers.FlattenObservation(Reach(gym.make("FetchReach-v4")))
+    return gym.wrappers.FlattenObservation(Reach(gym.make("FetchReachDense-v4")))
 
 
 def make_camera():
-    return Cameras(Reach(gym.make("FetchReach-v4")))
+    return Cameras(Reach(gym.make("FetchReachDense-v4")))
 
 
 gym.register("FetchReachVectors-v0", make_vectors, max_episode_steps=50)
