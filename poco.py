@@ -81,6 +81,7 @@ class Args:
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
     # POCO
+    policy_start: int = 0  # steps before the policy's first update; the critics learn meanwhile
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # S, states of a batch that get an E-step, drawn at random
     effective_samples: float = 0.3  # share of N that the weights keep; smaller is sharper
@@ -95,7 +96,7 @@ class Args:
     capture_video: bool = False  # record episodes 0, 1, 8, 27, ... of evaluations as MP4
 
 
-MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "posterior_coef"]  # other numbers: above 0
+MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "policy_start", "posterior_coef"]
 
 
 def check_method(args: Args):
@@ -444,7 +445,8 @@ def train(args: Args, make_networks=make_networks):
                     )
                     run.record(metrics)
                     critic_updates += 1
-                    if critic_updates > args.critic_warmup:  # always so after an offline phase
+                    warm = critic_updates > args.critic_warmup  # always so after an offline phase
+                    if warm and step > args.policy_start:
                         metrics = update_policy(
                             policy, target_critic, policy_optimizer, batch, args
                         )
