@@ -80,8 +80,8 @@ class Args:
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
+    policy_start: int | None = None  # steps before the policy's first update (POCO 0, OGPO 6000)
     # OGPO
-    policy_start: int = 6_000  # steps before the policy's first update; the critics learn meanwhile
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # S, states of a batch that get a group of chains
     sigma: float = 1.0  # noise of the stochastic sampler
@@ -475,6 +475,7 @@ def train(args: Args, make_networks=make_networks):
     optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
     buffers = {"buffer": buffer, "success_buffer": success_buffer}
     run = Run(args, networks | optimizers | buffers)
+    policy_start = 6_000 if args.policy_start is None else args.policy_start
     step = 0
     critic_updates = 0
 
@@ -539,7 +540,7 @@ def train(args: Args, make_networks=make_networks):
                     )
                     run.record(metrics)
                     critic_updates += 1
-                    if step > args.policy_start:
+                    if step > policy_start:  # the critics have learned meanwhile
                         successes = None
                         if len(success_buffer) >= args.batch_size:
                             successes = success_buffer.sample(args.batch_size)

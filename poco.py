@@ -80,8 +80,8 @@ class Args:
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
+    policy_start: int | None = None  # steps before the policy's first update (POCO 0, OGPO 6000)
     # POCO
-    policy_start: int = 0  # steps before the policy's first update; the critics learn meanwhile
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # S, states of a batch that get an E-step, drawn at random
     effective_samples: float = 0.3  # share of N that the weights keep; smaller is sharper
@@ -386,6 +386,7 @@ def train(args: Args, make_networks=make_networks):
     networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
     optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
     run = Run(args, networks | optimizers | {"buffer": buffer})
+    policy_start = args.policy_start or 0
     step = 0
     critic_updates = 0
 
@@ -446,7 +447,7 @@ def train(args: Args, make_networks=make_networks):
                     run.record(metrics)
                     critic_updates += 1
                     warm = critic_updates > args.critic_warmup  # always so after an offline phase
-                    if warm and step > args.policy_start:
+                    if warm and step > policy_start:
                         metrics = update_policy(
                             policy, target_critic, policy_optimizer, batch, args
                         )
