@@ -399,7 +399,7 @@ def train(args: Args, make_networks=make_networks):
             for _ in progress(range(args.bc_steps), "cloning"):
                 batch = demo_buffer.sample(args.batch_size)
                 run.record(update_clone(policy, policy_optimizer, batch))
-            if type(critic.encode) is type(policy.encode):  # of images: what the clone looks at
+            if type(critic.encode) is type(policy.encode):  # start with its convolutions
                 for network in (critic, target_critic):
                     network.encode.load_state_dict(policy.encode.state_dict())
         fit_reward_scale(critic, target_critic, demo_buffer)
