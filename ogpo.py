@@ -72,15 +72,15 @@ class Args:
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
-    critic_warmup: int = 1_000  # updates of the critics alone; without data, POCO's are online
+    critic_warmup: int = 1_000  # updates of the critics alone, after cloning
     # online phase
     total_timesteps: int = 10_000  # online environment steps
-    buffer_size: int = 1_000_000  # observations in the replay buffer
+    buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
-    policy_start: int | None = None  # steps before the policy's first update (POCO 0, OGPO 6000)
+    policy_start: int = 6_000  # steps before the policy learns: young critics mislead it
     # OGPO
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # S, states of a batch that get a group of chains
@@ -475,13 +475,11 @@ def train(args: Args, make_networks=make_networks):
     optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
     buffers = {"buffer": buffer, "success_buffer": success_buffer}
     run = Run(args, networks | optimizers | buffers)
-    policy_start = 6_000 if args.policy_start is None else args.policy_start
     step = 0
-    critic_updates = 0
 
     # offline: clone the demonstrations; then the critics learn the clone's values
     if args.resume:
-        step, critic_updates = run.load_checkpoint()
+        step = run.load_checkpoint()
     elif demos:
         if not args.policy:
             fit_statistics(networks, demo_buffer)
@@ -499,9 +497,8 @@ def train(args: Args, make_networks=make_networks):
             batch = demo_buffer.sample(args.batch_size)
             metrics = update_critic(policy, critic, target_critic, critic_optimizer, batch, args)
             run.record(metrics)
-            critic_updates += 1
     if not args.resume:
-        run.save(step, critic_updates)
+        run.save(step)
     run.open(step)
     if not run.rows:  # not yet evaluated; of single samples, as the critics are not ready
         metrics = evaluate(policy, target_critic, replace(args, best_of_n=1), run.folder, "step 0")
@@ -529,7 +526,8 @@ def train(args: Args, make_networks=make_networks):
             run.bar.update()
 
             if len(buffer) >= args.batch_size:
-                if critic_updates == 0 and not demos and not args.policy:
+                from_nothing = not demos and not args.policy
+                if from_nothing and not critic_optimizer.state:  # before the first update
                     fit_statistics(networks, buffer)
                 fit_reward_scale(critic, target_critic, buffer)  # once there is a reward
                 updates_before = int((step - 1) * args.utd_ratio)
@@ -539,8 +537,7 @@ def train(args: Args, make_networks=make_networks):
                         policy, critic, target_critic, critic_optimizer, batch, args
                     )
                     run.record(metrics)
-                    critic_updates += 1
-                    if step > policy_start:  # the critics have learned meanwhile
+                    if step > args.policy_start:
                         successes = None
                         if len(success_buffer) >= args.batch_size:
                             successes = success_buffer.sample(args.batch_size)
@@ -556,7 +553,7 @@ def train(args: Args, make_networks=make_networks):
             buffer.add(episode)
         metrics = evaluate(policy, target_critic, args, run.folder, f"step {step}")
         run.write_row(step, metrics)
-        run.save(step, critic_updates)
+        run.save(step)
 
 
 # Observations
@@ -1060,7 +1057,7 @@ class Run:
             lost = name.startswith("losses/") and not math.isfinite(value)
             require(not lost, f"{name} became NaN or infinite")
 
-    def save(self, step, critic_updates):
+    def save(self, step):
         """Writes the clone, or the policy so far, and the checkpoint."""
         states = {name: part.state_dict() for name, part in self.learner.items()}
         networks = {"policy": states["policy"], "critic": states["target_critic"]}
@@ -1068,14 +1065,13 @@ class Run:
         save_file(self.folder / "policy.pt", self.args, networks)
         if step == 0:
             save_file(self.folder / "clone.pt", self.args, networks)
-        content = {"method": METHOD, "rows": self.rows, "learner": states}
-        content |= {"step": step, "critic_updates": critic_updates}
+        content = {"method": METHOD, "rows": self.rows, "learner": states, "step": step}
         content |= {"sums": dict(self.sums), "counts": dict(self.counts)}
         content["seconds"] = time.time() - self.start_time
         save_file(self.folder / "checkpoint.pt", self.args, content)
 
     def load_checkpoint(self):
-        """Loads all but optimisers' settings, which may change. Returns: step, critic_updates."""
+        """Loads all but optimisers' settings, which may change. Returns: the step."""
         _, content = read_file(self.folder / "checkpoint.pt")
         method = content["method"]
         require(method == METHOD, f"resume this run with python {method}.py --resume {self.folder}")
@@ -1089,7 +1085,7 @@ class Run:
         self.sums.update(content["sums"])
         self.counts.update(content["counts"])
         self.start_time -= content["seconds"]
-        return content["step"], content["critic_updates"]
+        return content["step"]
 
 
 def save_file(path, args, content):

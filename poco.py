@@ -72,15 +72,15 @@ class Args:
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
-    critic_warmup: int = 1_000  # updates of the critics alone; without data, POCO's are online
+    critic_warmup: int = 1_000  # updates of the critics alone, after cloning
     # online phase
     total_timesteps: int = 10_000  # online environment steps
-    buffer_size: int = 1_000_000  # observations in the replay buffer
+    buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float = 0.96  # discount per step
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
-    policy_start: int | None = None  # steps before the policy's first update (POCO 0, OGPO 6000)
+    policy_start: int = 6_000  # steps before the policy learns: young critics mislead it
     # POCO
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # S, states of a batch that get an E-step, drawn at random
@@ -350,14 +350,6 @@ def choose_chunk(policy, critic, obs: Tensor, best_of_n: int) -> Tensor:
     return chunks[q.argmax()]
 
 
-def draw_batch(buffer: ReplayBuffer, demo_buffer: ReplayBuffer, batch_size: int) -> Batch:
-    """Half own experience, half demonstrations (RLPD, arXiv 2302.02948); all of one kind while
-    there is none of the other."""
-    kinds = [kind for kind in (buffer, demo_buffer) if len(kind) > 0]
-    batches = [kind.sample(batch_size // len(kinds)) for kind in kinds]
-    return Batch(*map(torch.cat, zip(*batches)))
-
-
 def train(args: Args, make_networks=make_networks):
     """Clones demonstrations, then improves the policy online: act, store, learn, evaluate.
     Args: make_networks, another one to bring your own policy or critics."""
@@ -377,39 +369,35 @@ def train(args: Args, make_networks=make_networks):
     target_critic = copy.deepcopy(critic)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
-    buffer = ReplayBuffer(args, env, args.buffer_size, device)
     num_rows = sum(len(demo.obs) for demo in demos)
-    demo_buffer = ReplayBuffer(args, env, num_rows, device)
+    buffer = ReplayBuffer(args, env, num_rows + args.buffer_size, device)
     for demo in demos:
-        demo_buffer.add(demo._replace(success=1.0))  # all are worth cloning
+        buffer.add(demo._replace(success=1.0))  # all are worth cloning
 
     networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
     optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
     run = Run(args, networks | optimizers | {"buffer": buffer})
-    policy_start = args.policy_start or 0
     step = 0
-    critic_updates = 0
 
     # offline: clone the demonstrations; then the critics learn the clone's values
     if args.resume:
-        step, critic_updates = run.load_checkpoint()
+        step = run.load_checkpoint()
     elif demos:
         if not args.policy:
-            fit_statistics(networks, demo_buffer)
+            fit_statistics(networks, buffer)
             for _ in progress(range(args.bc_steps), "cloning"):
-                batch = demo_buffer.sample(args.batch_size)
+                batch = buffer.sample(args.batch_size)
                 run.record(update_clone(policy, policy_optimizer, batch))
             if type(critic.encode) is type(policy.encode):  # start with its convolutions
                 for network in (critic, target_critic):
                     network.encode.load_state_dict(policy.encode.state_dict())
-        fit_reward_scale(critic, target_critic, demo_buffer)
+        fit_reward_scale(critic, target_critic, buffer)
         for _ in progress(range(args.critic_warmup), "critics"):
-            batch = demo_buffer.sample(args.batch_size)
+            batch = buffer.sample(args.batch_size)
             metrics = update_critic(policy, critic, target_critic, critic_optimizer, batch, args)
             run.record(metrics)
-            critic_updates += 1
     if not args.resume:
-        run.save(step, critic_updates)
+        run.save(step)
     run.open(step)
     if not run.rows:  # not yet evaluated; of single samples, as the critics are not ready
         metrics = evaluate(policy, target_critic, replace(args, best_of_n=1), run.folder, "step 0")
@@ -434,20 +422,19 @@ def train(args: Args, make_networks=make_networks):
             step += 1
             run.bar.update()
 
-            if len(buffer) + len(demo_buffer) >= args.batch_size:
-                if critic_updates == 0 and not demos and not args.policy:
+            if len(buffer) >= args.batch_size:
+                from_nothing = not demos and not args.policy
+                if from_nothing and not critic_optimizer.state:  # before the first update
                     fit_statistics(networks, buffer)
                 fit_reward_scale(critic, target_critic, buffer)  # once there is a reward
                 updates_before = int((step - 1) * args.utd_ratio)
                 for _ in range(updates_before, int(step * args.utd_ratio)):
-                    batch = draw_batch(buffer, demo_buffer, args.batch_size)
+                    batch = buffer.sample(args.batch_size)
                     metrics = update_critic(
                         policy, critic, target_critic, critic_optimizer, batch, args
                     )
                     run.record(metrics)
-                    critic_updates += 1
-                    warm = critic_updates > args.critic_warmup  # always so after an offline phase
-                    if warm and step > policy_start:
+                    if step > args.policy_start:
                         metrics = update_policy(
                             policy, target_critic, policy_optimizer, batch, args
                         )
@@ -460,7 +447,7 @@ def train(args: Args, make_networks=make_networks):
             buffer.add(episode)
         metrics = evaluate(policy, target_critic, args, run.folder, f"step {step}")
         run.write_row(step, metrics)
-        run.save(step, critic_updates)
+        run.save(step)
 
 
 # Observations
@@ -964,7 +951,7 @@ class Run:
             lost = name.startswith("losses/") and not math.isfinite(value)
             require(not lost, f"{name} became NaN or infinite")
 
-    def save(self, step, critic_updates):
+    def save(self, step):
         """Writes the clone, or the policy so far, and the checkpoint."""
         states = {name: part.state_dict() for name, part in self.learner.items()}
         networks = {"policy": states["policy"], "critic": states["target_critic"]}
@@ -972,14 +959,13 @@ class Run:
         save_file(self.folder / "policy.pt", self.args, networks)
         if step == 0:
             save_file(self.folder / "clone.pt", self.args, networks)
-        content = {"method": METHOD, "rows": self.rows, "learner": states}
-        content |= {"step": step, "critic_updates": critic_updates}
+        content = {"method": METHOD, "rows": self.rows, "learner": states, "step": step}
         content |= {"sums": dict(self.sums), "counts": dict(self.counts)}
         content["seconds"] = time.time() - self.start_time
         save_file(self.folder / "checkpoint.pt", self.args, content)
 
     def load_checkpoint(self):
-        """Loads all but optimisers' settings, which may change. Returns: step, critic_updates."""
+        """Loads all but optimisers' settings, which may change. Returns: the step."""
         _, content = read_file(self.folder / "checkpoint.pt")
         method = content["method"]
         require(method == METHOD, f"resume this run with python {method}.py --resume {self.folder}")
@@ -993,7 +979,7 @@ class Run:
         self.sums.update(content["sums"])
         self.counts.update(content["counts"])
         self.start_time -= content["seconds"]
-        return content["step"], content["critic_updates"]
+        return content["step"]
 
 
 def save_file(path, args, content):

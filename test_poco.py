@@ -46,9 +46,9 @@ def prepared(tmp_path, monkeypatch):
 
 # The two files
 OWN = {"METHOD", "Args", "check_method", "update_critic", "update_policy", "train", "posterior_weights"}
-OWN |= {"adaptive_temperature", "poco_loss", "draw_batch", "reduce_next_q", "chain_step", "sample_chain"}
+OWN |= {"adaptive_temperature", "poco_loss", "reduce_next_q", "chain_step", "sample_chain"}
 OWN |= {"chain_log_prob", "group_advantage", "chi2_penalised_q", "ppo_loss", "Actors", "MAY_BE_ZERO"}
-LIMITS = {poco: (1136, 464), ogpo: (1232, 559)}  # lines, last line of train
+LIMITS = {poco: (1122, 450), ogpo: (1228, 556)}  # lines, last line of train
 
 
 def test_what_both_scripts_share_is_identical_to_the_letter():
@@ -769,7 +769,7 @@ gym.register("Exclusive-v0", lambda: Exclusive(), max_episode_steps=20)
 # Whole runs
 RUN = {"env_id": "Counting-v0", "dataset": "none", "chunk_size": 2, "hidden_dim": 16, "batch_size": 32}
 RUN |= {"eval_episodes": 5, "critic_warmup": 60, "total_timesteps": 300, "utd_ratio": 0.5}
-RUN["best_of_n"] = 1
+RUN |= {"best_of_n": 1, "policy_start": 120}
 RUN |= {"eval_interval": 150, "log_interval": 60}
 
 
@@ -790,9 +790,8 @@ def main(script, *typed, **options):
 def small_run(script, folder=".", status=0, **settings):
     """Returns: the folder of a run in an empty folder."""
     Path(folder).mkdir(exist_ok=True)
-    own = {"policy_start": 120} if script is ogpo else {}
     with contextlib.chdir(folder):
-        assert main(script, **(RUN | own | settings)) == status
+        assert main(script, **(RUN | settings)) == status
     (run,) = Path(folder, "runs").resolve().iterdir()
     return run
 
@@ -945,7 +944,7 @@ def test_an_exclusive_environment_that_draws_from_numpy_is_closed_and_resumes_ex
 
 
 @both_scripts
-def test_half_of_a_batch_are_demonstrations_and_none_in_ogpo(script, monkeypatch):
+def test_demonstrations_stay_in_the_buffer_and_none_are_in_ogpo_s(script, monkeypatch):
     demo = Trajectory(np.full((5, 3), 0.5), np.zeros((4, 2)), np.zeros(4), True, 1.0)
     update = mock.Mock(return_value={})
     monkeypatch.setattr(script, "load_demonstrations", lambda args, env: [demo] * 10)
@@ -953,7 +952,8 @@ def test_half_of_a_batch_are_demonstrations_and_none_in_ogpo(script, monkeypatch
     small_run(script, dataset="demos", bc_steps=1)
     shares = [(call.args[4].obs[:, 1] == 0.5).float().mean().item() for call in update.call_args_list]
     assert set(shares[:60]) == {1.0}  # offline
-    assert set(shares[70:]) == ({0.5} if script is poco else {0.0})
+    expected = 40 / 330 if script is poco else 0.0  # 300 steps, some of them in an unfinished episode
+    assert np.mean(shares[-20:]) == pytest.approx(expected, abs=expected / 3)
 
 
 @both_scripts
@@ -1530,7 +1530,8 @@ def test_the_frozen_backbone_as_documented_is_not_trained(monkeypatch):
     monkeypatch.setattr(poco, "METHOD", "poco")
     exec(code, {})
     (make_networks,) = run.call_args.args
-    poco.train(Args(**(RUN | write_camera_demos(6) | {"total_timesteps": 40})), make_networks)
+    options = write_camera_demos(6) | {"total_timesteps": 40, "policy_start": 0}
+    poco.train(Args(**(RUN | options)), make_networks)
     (folder,) = Path("runs").iterdir()
     files = folder / "clone.pt", folder / "policy.pt"
     initial, final = (poco.load_policy(file, make_networks=make_networks)[1] for file in files)
