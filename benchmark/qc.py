@@ -22,6 +22,7 @@ from poco import update_critic as td_step
 @dataclass
 class Args(poco.Args):
     best_of_n: int = 32  # act with the best of n candidates, and value the next state by it
+    policy_start: int = 0  # steps before the policy learns
 
 
 @dataclass
@@ -63,6 +64,7 @@ if __name__ == "__main__":
     poco.Args = Args
     poco.update_critic = update_critic
     poco.update_policy = update_policy
-    if any(word.startswith("--policy") for word in sys.argv):  # not the n in the clone's file
-        sys.argv[1:1] = ["--best-of-n", str(Args.best_of_n)]  # what is typed comes later and counts
+    if any(word.startswith("--policy") for word in sys.argv):  # not what the clone's file has
+        own = ["--best-of-n", str(Args.best_of_n), "--policy-start", str(Args.policy_start)]
+        sys.argv[1:1] = own  # what is typed comes later and counts
     poco.main()

@@ -36,7 +36,7 @@ ROBOSUITE = "--env-id benchmark.robosuite_tasks"
 CAMERA = "--env-id benchmark.camera_tasks"
 # small batches, because an update with images is slow; a small discount for the dense reward
 REACH = "--num-demos 15 --batch-size 64 --bc-steps 3000 --critic-warmup 500 --gamma 0.8"
-REACH += " --policy-start 6000 --eval-episodes 50"
+REACH += " --eval-episodes 50"
 TASKS = {  # what to type for them, paths absolute; benchmark/README.md says how to make the data
     "pick-and-place": "--env-id FetchPickAndPlace-v4 --num-demos 20",
     "push": "--env-id FetchPush-v4 --num-demos 50",
