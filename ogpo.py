@@ -77,7 +77,7 @@ class Args:
     total_timesteps: int = 10_000  # online environment steps
     buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
-    gamma: float = 0.96  # discount per step
+    gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
     policy_start: int = 6_000  # steps before the policy learns: young critics mislead it
@@ -449,6 +449,9 @@ def train(args: Args, make_networks=make_networks):
     env.set_chunk(torch.zeros(env.action_dim))  # what fails, fails before the cloning
     env.step()
     env.close()
+    if args.gamma is None:
+        gamma = np.clip(1 - 2 / env.limit, 0.5, 0.99)
+        args = replace(args, gamma=float(gamma))
     demos = load_demonstrations(args, env)
     torch.manual_seed(args.seed)
     if args.policy and not args.resume:
@@ -1188,7 +1191,7 @@ def check(args):
             least = 0 if name in MAY_BE_ZERO else 1e-9
             option = name.replace("_", "-")
             require(least <= value < 2**31, f"--{option} {value} is out of range.")
-    require(args.gamma <= 1, "--gamma must not be above 1.")
+    require(args.gamma is None or args.gamma <= 1, "--gamma must not be above 1.")
     require(args.tau <= 1, "--tau must not be above 1.")
     require(2 <= args.batch_size <= args.buffer_size, "--batch-size: from 2 to --buffer-size.")
     check_method(args)

@@ -29,15 +29,20 @@ import poco
 
 OBS_SPACE = gym.spaces.Box(-np.inf, np.inf, (28,), np.float64)  # of FetchPickAndPlace
 ACTION_DIM = 4
-PAPER = {"hidden_dim": 512, "flow_steps": 10}
+PAPER = {"hidden_dim": 512, "flow_steps": 10, "gamma": 0.99}
 SIZES = {
-    "POCO, the defaults": poco.Args(),
+    "POCO, the defaults": poco.Args(gamma=0.96),
     "POCO, the paper's size": poco.Args(num_candidates=32, posterior_batch_size=256, **PAPER),
-    "OGPO, the defaults": ogpo.Args(),
+    "OGPO, the defaults": ogpo.Args(gamma=0.96),
     "OGPO, the paper's size": ogpo.Args(group_size=32, ppo_batch_size=256, num_critics=10, **PAPER),
 }
 CHECKED = poco.Args(  # a rate at which a wrong update shows at once
-    bf16=False, hidden_dim=32, batch_size=16, posterior_batch_size=8, learning_rate=0.01
+    bf16=False,
+    hidden_dim=32,
+    batch_size=16,
+    posterior_batch_size=8,
+    learning_rate=0.01,
+    gamma=0.96,
 )
 
 
