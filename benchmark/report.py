@@ -159,6 +159,11 @@ def long_row(method, runs):
     }
 
 
+def front_page(results):
+    """Returns: the tasks of run.py that poco.py has run as it is now."""
+    return [task for task, methods in results.items() if task in TASKS and "poco" in methods]
+
+
 def short_row(task, methods, columns):
     """A task's cells: the clone, then for each column success at the end and steps to 90 %."""
     clone, _, _ = mean_and_interval(100 * methods["poco"][:, 0, SUCCESS])
@@ -183,13 +188,11 @@ def table(rows):
 
 def tables(results):
     """Returns: what belongs between the markers of each README."""
-    suite = [methods for task, methods in results.items() if task in TASKS]
-    columns = [method for method in MAIN if any(method in methods for methods in suite)]
-    short = []
+    suite = front_page(results)
+    columns = [method for method in MAIN if any(method in results[task] for task in suite)]
+    short = [short_row(task, results[task], columns) for task in suite]
     long = [LEGEND]
     for task, methods in results.items():
-        if task in TASKS:
-            short.append(short_row(task, methods, columns))
         if methods:
             rows = [long_row(method, runs) for method, runs in methods.items()]
             long.append(f"\n### {task}\n\n{table(rows)}")
@@ -211,7 +214,7 @@ def new_figure(rows, columns, height):
 
 def draw(results, path):
     """An axis for each task, the clones at its left edge."""
-    tasks = [task for task in results if task in TASKS]
+    tasks = front_page(results)
     columns = min(len(tasks), 3)
     figure, axes = new_figure(math.ceil(len(tasks) / columns), columns, height=2.8)
     for axis, task in zip(axes.flat, tasks, strict=False):
