@@ -449,7 +449,7 @@ def train(args: Args, make_networks=make_networks):
     env.set_chunk(torch.zeros(env.action_dim))  # what fails, fails before the cloning
     env.step()
     env.close()
-    if args.gamma is None:
+    if args.gamma is None:  # 0.96 for 50 steps, 0.99 for 200 and more
         gamma = np.clip(1 - 2 / env.limit, 0.5, 0.99)
         args = replace(args, gamma=float(gamma))
     demos = load_demonstrations(args, env)

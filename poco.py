@@ -293,7 +293,7 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
     own failures. Returns: metrics."""
     device = batch.obs.device
     N = args.num_candidates
-    order = torch.rand(len(batch.obs), device=device).argsort()  # the batch is not shuffled
+    order = torch.rand(len(batch.obs), device=device).argsort()  # however a batch is sorted
     states = order[: args.posterior_batch_size]
     with mixed_precision(args, device):
         features = policy.encode(batch.obs)  # (B, F)
@@ -358,7 +358,7 @@ def train(args: Args, make_networks=make_networks):
     env.set_chunk(torch.zeros(env.action_dim))  # what fails, fails before the cloning
     env.step()
     env.close()
-    if args.gamma is None:
+    if args.gamma is None:  # 0.96 for 50 steps, 0.99 for 200 and more
         gamma = np.clip(1 - 2 / env.limit, 0.5, 0.99)
         args = replace(args, gamma=float(gamma))
     demos = load_demonstrations(args, env)
