@@ -102,13 +102,9 @@ class Args:
     capture_video: bool = False  # record episodes 0, 1, 8, 27, ... of evaluations as MP4
 
 
-MAY_BE_ZERO = ["seed", "critic_warmup", "utd_ratio", "policy_start", "success_coef", "chi2_coef"]
-
-
-def check_method(args: Args):
-    """Raises: UserError for settings that make no sense for this method."""
-    require(args.group_size >= 2, "--group-size must be at least 2.")
-    require(args.policy_tau <= 1, "--policy-tau must not be above 1.")
+MAY_BE_ZERO = {"seed", "critic_warmup", "utd_ratio", "policy_start", "success_coef", "chi2_coef"}
+AT_LEAST_2 = {"batch_size", "group_size"}
+AT_MOST_1 = {"gamma", "tau", "policy_tau"}
 
 
 # Networks
@@ -276,8 +272,7 @@ def sample_chain(policy, features: Tensor, sigma: float) -> tuple[Tensor, Tensor
     for k in range(policy.flow_steps):
         t = torch.full_like(x[:, :1], k / policy.flow_steps)
         step = chain_step(policy, features, x, t, sigma)
-        noise = torch.randn_like(step.mean)  # .sample() would wait for a GPU
-        x = step.mean + step.stddev * noise
+        x = step.sample()
         chain.append(x)
         log_probs.append(step.log_prob(x).mean(1))
     log_prob = torch.stack(log_probs).mean(0)
@@ -357,19 +352,12 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
     }
 
 
-class Actors(NamedTuple):
-    """PPO's chains come from the old policy, the chi-squared penalty refers to the slow one."""
-    policy: nn.Module
-    old_policy: nn.Module
-    slow_policy: nn.Module
-
-
 def update_policy(
-    actors: Actors, target_critic, optimizer, batch: Batch, successes: Batch | None, args: Args
+    policy, old_policy, slow_policy, target_critic, optimizer, batch: Batch, successes, args: Args
 ) -> dict:
     """PPO on groups of chains of the old policy, in S states of the batch, and cloning of the
-    successes; None: there are not enough yet. Returns: metrics."""
-    policy, old_policy, slow_policy = actors
+    successes, a Batch, or None if there are too few. The chi-squared penalty refers to the slow
+    policy. Returns: metrics."""
     device = batch.obs.device
     G = args.group_size
 
@@ -429,9 +417,9 @@ def update_clone(policy, optimizer, batch: Batch) -> dict:
 
 
 @torch.no_grad()
-def choose_chunk(policy, critic, obs: Tensor, best_of_n: int) -> Tensor:
-    """Samples n chunks for an observation (1, O) and takes the critics' best. Returns: (D,)."""
-    obs = obs.to(next(policy.parameters()).device)
+def choose_chunk(policy, critic, obs: np.ndarray, best_of_n: int) -> Tensor:
+    """Samples n chunks for an observation (O,) and takes the critics' best. Returns: (D,)."""
+    obs = torch.as_tensor(obs[None], device=next(policy.parameters()).device)
     features = policy.encode(obs).expand(best_of_n, -1)
     chunks = policy.sample(features)  # (n, D)
     if best_of_n == 1:
@@ -463,7 +451,7 @@ def train(args: Args, make_networks=make_networks):
     target_critic = copy.deepcopy(critic)
     old_policy = copy.deepcopy(policy)
     slow_policy = copy.deepcopy(policy)
-    actors = Actors(policy, old_policy, slow_policy)
+    actors = (policy, old_policy, slow_policy)
     policy_optimizer = torch.optim.Adam(policy.parameters(), args.ppo_learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     buffer = ReplayBuffer(args, env, args.buffer_size, device)
@@ -518,8 +506,7 @@ def train(args: Args, make_networks=make_networks):
         stop = min(next_evaluation, args.total_timesteps)
         while step < stop:
             if not env.chunk:
-                obs = env.observation()
-                env.set_chunk(choose_chunk(policy, target_critic, obs, args.best_of_n))
+                env.set_chunk(choose_chunk(policy, target_critic, env.obs[-1], args.best_of_n))
             for episode in env.step():  # at most one; the next has begun
                 buffer.add(episode)
                 if episode.success == 1:
@@ -545,7 +532,7 @@ def train(args: Args, make_networks=make_networks):
                         if len(success_buffer) >= args.batch_size:
                             successes = success_buffer.sample(args.batch_size)
                         metrics = update_policy(
-                            actors, target_critic, policy_optimizer, batch, successes, args
+                            *actors, target_critic, policy_optimizer, batch, successes, args
                         )
                         run.record(metrics)
             if step % args.log_interval == 0 and step < stop:
@@ -671,10 +658,9 @@ class ReplayBuffer:
         self.gamma = args.gamma
         self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, terminates, kept, steps left
         self.layout = env.layout
-        obs = np.zeros((capacity, env.layout.size), env.layout.dtype)
-        steps = np.zeros((capacity, sum(self.widths)), np.float32)
+        obs = np.zeros((capacity, env.layout.size), env.layout.dtype)  # no memory until written
         self.obs = torch.from_numpy(obs).to(device)
-        self.steps = torch.from_numpy(steps).to(device)
+        self.steps = torch.zeros(capacity, sum(self.widths), device=device)
         self.position = 0
         self.size = 0
 
@@ -775,8 +761,8 @@ class Environment:
         with explained(f"{self.name} cannot be used"):
             env = gym.make(self.name, disable_env_checker=True, **options)
             self.box = env.action_space
-            require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
-            require(self.box.dtype.kind == "f", "actions are no floats")
+            usable = isinstance(self.box, gym.spaces.Box) and self.box.dtype.kind == "f"
+            require(usable, f"actions are no Box of floats, but {self.box}")
             self.width = self.box.high - self.box.low
             usable = np.isfinite(self.width) & (self.width > 0)
             require(usable.all(), "an action has no bounds, or low == high")
@@ -785,9 +771,7 @@ class Environment:
             if videos:
                 env = gym.wrappers.RecordVideo(env, videos, disable_logger=True)
             self.layout = Layout(env.observation_space)
-            env = gym.wrappers.ClipAction(env)  # RescaleAction may round past the bounds
-            env.action_space = self.box
-            self.env = gym.wrappers.RescaleAction(env, -1.0, 1.0)
+        self.env = env
         self.obs_space = self.layout.space
         self.action_dim = math.prod(self.box.shape)
         self.reset(first_seed)
@@ -801,10 +785,6 @@ class Environment:
         self.steps = []
         self.chunk = []
 
-    def observation(self):
-        """Returns: (1, O)."""
-        return torch.as_tensor(self.obs[-1])[None]
-
     def set_chunk(self, chunk):
         """Args: chunk (D,)."""
         actions = chunk.cpu().numpy().reshape(-1, self.action_dim)
@@ -815,8 +795,9 @@ class Environment:
         action = self.chunk.pop(0)
         returned = "observation, reward, terminated, truncated and an info with numbers"
         with explained(f"{self.name} failed in step, which returns {returned}"):
-            shaped = action.reshape(self.box.shape)
-            obs, reward, terminated, truncated, info = self.env.step(shaped)
+            scaled = self.box.low + self.width * (action.reshape(self.box.shape) + 1) / 2
+            scaled = scaled.clip(self.box.low, self.box.high)  # it may round past them
+            obs, reward, terminated, truncated, info = self.env.step(scaled)
             self.obs.append(self.layout.pack(obs))
             success = info.get("is_success", info.get("success", math.nan))
             success = float(np.asarray(success).item())
@@ -872,14 +853,13 @@ def evaluate(policy, critic, args, folder, title):
     episodes = []
     while env.seed < args.eval_episodes:
         if not env.chunk:
-            env.set_chunk(choose_chunk(policy, critic, env.observation(), args.best_of_n))
+            env.set_chunk(choose_chunk(policy, critic, env.obs[-1], args.best_of_n))
         episodes += env.step()
     env.close()
     require(episodes, f"{args.env_id}: no episode of the evaluation is usable")
 
     success = mean_success(episodes)
-    returns = [episode.rewards.sum() for episode in episodes]
-    mean_return = float(np.mean(returns))
+    mean_return = float(np.mean([episode.rewards.sum() for episode in episodes]))
     result = f"success {success:.2f}, mean return {mean_return:.1f}, {len(episodes)} episodes"
     tqdm.write(f"{title}: {result}")
     return {"eval/success": success, "eval/return": mean_return}
@@ -956,8 +936,7 @@ def cut(columns, env):
     terminals = columns["terminals"].ravel() > 0
     ends = terminals | (columns["timeouts"].ravel() > 0)
     next_obs = env.layout.pack_column(columns, "next_observations")
-    unreported = np.full(len(actions), math.nan)
-    success = columns.get("success", unreported).ravel()
+    success = columns.get("success", np.full(len(actions), math.nan)).ravel()
     require(obs is not None, "there are no observations")
     for column in (actions, rewards, ends, success):
         require(len(column) == len(obs), "columns differ in their numbers of rows")
@@ -1014,8 +993,7 @@ class Run:
         self.args = args
         self.learner = learner
         self.rows = []
-        self.sums = defaultdict(float)  # since the last row
-        self.counts = defaultdict(int)
+        self.recorded = defaultdict(list)  # since the last row
         self.episodes = []
         self.start_time = time.time()
 
@@ -1029,8 +1007,7 @@ class Run:
     def record(self, values):
         """Adds to the means of the next row."""
         for name, value in values.items():
-            self.sums[name] += value
-            self.counts[name] += 1
+            self.recorded[name].append(value)
 
     def record_episode(self, episode):
         self.record({"charts/episodic_return": episode.rewards.sum()})
@@ -1039,26 +1016,22 @@ class Run:
         self.bar.set_postfix(success=f"{success:.2f}", refresh=False)
 
     def write_row(self, step, means):
-        """Adds a row to metrics.csv: means, and those of what was recorded since the last row.
-        Raises: UserError if a loss was not finite."""
-        for name, total in self.sums.items():
-            means[name] = float(total) / self.counts[name]
+        """Adds a row to metrics.csv: means, and those of what was recorded since the last row."""
+        for name, values in self.recorded.items():
+            means[name] = float(sum(values)) / len(values)
         means["charts/buffer_size"] = len(self.learner["buffer"])
         if self.episodes:
             means["charts/success"] = mean_success(self.episodes)
         seconds = round(time.time() - self.start_time, 1)
         row = {"global_step": step, "seconds": seconds}
         self.rows.append(row | means)
-        for gathered in (self.sums, self.counts, self.episodes):
-            gathered.clear()
+        self.recorded.clear()
+        self.episodes.clear()
         with open(self.folder / "metrics.csv", "w") as file:
             names = dict.fromkeys(itertools.chain(*self.rows))
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
-        for name, value in means.items():  # gradient_step kept it out of the weights
-            lost = name.startswith("losses/") and not math.isfinite(value)
-            require(not lost, f"{name} became NaN or infinite")
 
     def save(self, step):
         """Writes the clone, or the policy so far, and the checkpoint."""
@@ -1069,7 +1042,7 @@ class Run:
         if step == 0:
             save_file(self.folder / "clone.pt", self.args, networks)
         content = {"method": METHOD, "rows": self.rows, "learner": states, "step": step}
-        content |= {"sums": dict(self.sums), "counts": dict(self.counts)}
+        content["recorded"] = dict(self.recorded)
         content["seconds"] = time.time() - self.start_time
         save_file(self.folder / "checkpoint.pt", self.args, content)
 
@@ -1085,8 +1058,7 @@ class Run:
                     state["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state)
         self.rows = content["rows"]
-        self.sums.update(content["sums"])
-        self.counts.update(content["counts"])
+        self.recorded.update(content["recorded"])
         self.start_time -= content["seconds"]
         return content["step"]
 
@@ -1139,17 +1111,12 @@ def mixed_precision(args, device):
 
 
 def gradient_step(optimizer, loss):
-    """A step of any optimiser, gradients that are not finite set to 0. Returns: the norm before."""
+    """A step of any optimiser. Returns: the norm of the gradients. Raises: UserError."""
     optimizer.zero_grad()
     loss.backward()
-    gradients = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                gradients.append(parameter.grad)
-    norm = nn.utils.get_total_norm(gradients)
-    for gradient in gradients:
-        gradient.nan_to_num_(0.0, 0.0, 0.0)
+    parameters = itertools.chain(*[group["params"] for group in optimizer.param_groups])
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf)  # measures, but clips nothing
+    require(norm.isfinite(), "a loss or its gradient became NaN or infinite")
     optimizer.step()
     return norm
 
@@ -1188,13 +1155,12 @@ def check(args):
     """Raises: UserError for arguments no run can work with."""
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            least = 0 if name in MAY_BE_ZERO else 1e-9
+            least = 2 if name in AT_LEAST_2 else 1e-9
+            least = 0 if name in MAY_BE_ZERO else least
+            most = 1 if name in AT_MOST_1 else 2**31 - 1
             option = name.replace("_", "-")
-            require(least <= value < 2**31, f"--{option} {value} is out of range.")
-    require(args.gamma is None or args.gamma <= 1, "--gamma must not be above 1.")
-    require(args.tau <= 1, "--tau must not be above 1.")
-    require(2 <= args.batch_size <= args.buffer_size, "--batch-size: from 2 to --buffer-size.")
-    check_method(args)
+            require(least <= value <= most, f"--{option} {value} is not in {least} to {most}.")
+    require(args.batch_size <= args.buffer_size, "--batch-size must not be above --buffer-size.")
     if args.capture_video:
         require(importlib.util.find_spec("moviepy"), "--capture-video needs pip install moviepy.")
 

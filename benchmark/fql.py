@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import poco
-from poco import check_method as check_as_poco
 from poco import update_critic as td_step
 
 
@@ -70,6 +69,8 @@ class OneStepPolicy(poco.FlowPolicy):
 
 def make_networks(args, obs_space, action_dim):
     """poco.py's, with the one-step policy beside the flow."""
+    complete = args.policy and args.dataset != "none"
+    poco.require(complete, "FQL needs --policy and demonstrations.")
     flow, critic = poco.make_networks(args, obs_space, action_dim)
     policy = OneStepPolicy(flow.encode, flow.chunk_dim, args.hidden_dim, args.flow_steps)
     parameters = policy.one_step.parameters()
@@ -118,16 +119,9 @@ def update_policy(policy, target_critic, optimizer, batch, args):
     }
 
 
-def check_method(args):
-    check_as_poco(args)
-    complete = args.policy and args.dataset != "none"
-    poco.require(complete, "FQL needs --policy and demonstrations.")
-
-
 if __name__ == "__main__":
     poco.METHOD = "benchmark/fql"
     poco.Args = Args
-    poco.check_method = check_method
     poco.update_critic = update_critic
     poco.update_policy = update_policy
     if any(word.startswith("--policy") for word in sys.argv):  # not what the clone's file has

@@ -37,7 +37,7 @@ def frames(path: Path, seed: int, width: int) -> tuple[list[Image.Image], bool]:
         picture = picture.crop((150, 120, 390, 360))  # around the gripper
         pictures.append(picture.resize((width, width)))
         if not env.chunk:
-            chunk = poco.choose_chunk(policy, critic, env.observation(), best_of_n=1)
+            chunk = poco.choose_chunk(policy, critic, env.obs[-1], best_of_n=1)
             env.set_chunk(chunk)
         ended = env.step()
     env.close()

@@ -68,7 +68,6 @@ def random_draws(args, chunk_dim, normal, uniform):
     rows = args.posterior_batch_size * args.num_candidates
     return {
         "next_noise": normal((batch_size, chunk_dim)),
-        "order": uniform((batch_size,)),  # the first S get an E-step
         "noise": normal((rows, chunk_dim)),
         "candidate_noise": normal((rows, chunk_dim)),
         "candidate_time": uniform((rows, 1)),
@@ -104,7 +103,7 @@ class Twin:
         jax.block_until_ready(losses)
 
     def update_with_key(self, state, key, batch):
-        keys = iter(jax.random.split(key, 8))
+        keys = iter(jax.random.split(key, 7))
         next_key = next(keys)
 
         def normal(shape):
@@ -140,8 +139,8 @@ class Twin:
         target_critic = optax.incremental_update(state["critic"], target_critic, args.tau)
 
         # the policy: E-step, M-step
-        states = jnp.argsort(draws["order"])[: args.posterior_batch_size]
-        candidate_features = jnp.repeat(features[states], args.num_candidates, axis=0)
+        states = features[: args.posterior_batch_size]
+        candidate_features = jnp.repeat(states, args.num_candidates, axis=0)
         num_steps = 2 * args.flow_steps
         candidates = sample(state["policy"], candidate_features, draws["noise"], num_steps)
         q = q_of(target_critic, candidate_features, candidates).mean(0)

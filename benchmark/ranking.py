@@ -57,7 +57,7 @@ def run(env, choose, steps):
     ended = []
     while not ended and len(env.steps) < steps:
         if not env.chunk:
-            env.set_chunk(choose(env.observation()))
+            env.set_chunk(choose(env.obs[-1]))
         ended = env.step()
     episode = (ended or env.episode(terminated=False))[0]
     return episode.rewards

@@ -47,7 +47,8 @@ TASKS = {  # what to type for them, paths absolute; benchmark/README.md says how
     "scene": "--env-id ogbench:scene-singletask-task1-v0"
     " --dataset ogbench:scene-play-singletask-task1-v0",
     "lift": f"{ROBOSUITE}:Lift-v0 {DATA}/lift.npz --eval-episodes 50",
-    "can": f"{ROBOSUITE}:Can-v0 {DATA}/can.npz --num-demos 10 --eval-episodes 50",
+    "can": f"{ROBOSUITE}:Can-v0 {DATA}/can.npz --eval-episodes 50",
+    "can-few": f"{ROBOSUITE}:Can-v0 {DATA}/can.npz --num-demos 10 --eval-episodes 50",
     "reach-camera": f"{CAMERA}:FetchReachCamera-v0 {DATA}/reach-camera.npz {REACH}",
     "reach-vectors": f"{CAMERA}:FetchReachVectors-v0 {DATA}/reach-vectors.npz {REACH}",
     "reach-from-nothing": "--env-id FetchReach-v4 --dataset none",

@@ -71,17 +71,17 @@ class Learner:
         self.policy_optimizer = adam(policy.parameters())
         self.critic_optimizer = adam(critic.parameters())
         self.batch = random_batch(args, device)
-        self.actors = policy
+        self.actors = (policy,)
         self.batches = [self.batch]
         if self.script is ogpo:
-            self.actors = ogpo.Actors(policy, copy.deepcopy(policy), copy.deepcopy(policy))
+            self.actors = (policy, copy.deepcopy(policy), copy.deepcopy(policy))
             self.batches = [self.batch, self.batch]  # the second as its successes
 
     def update(self):
         """One of the critics, then one of the policy. Returns: metrics."""
         networks = (self.policy, self.critic, self.target_critic)
         metrics = self.script.update_critic(*networks, self.critic_optimizer, self.batch, self.args)
-        parts = (self.actors, self.target_critic, self.policy_optimizer)
+        parts = (*self.actors, self.target_critic, self.policy_optimizer)
         return metrics | self.script.update_policy(*parts, *self.batches, self.args)
 
 
