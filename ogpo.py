@@ -127,7 +127,8 @@ class Encoder(nn.Module):
                 nn.ReLU(),
             )
             self.convolutions.append(layers)
-        self.feature_dim = self.layout.vector_size + 2 * image_channels * len(self.convolutions)
+        image_features = 2 * image_channels * len(self.convolutions)
+        self.feature_dim = self.layout.vector_size + image_features
 
     def forward(self, obs: Tensor) -> Tensor:
         vectors, images = self.layout.split(obs)
@@ -258,9 +259,11 @@ def chain_step(policy, features: Tensor, x: Tensor, t: Tensor, sigma: float):
     Args: x (B, D); t (B, 1) in [0, 1). Returns: the Normal of x_{k+1}, (B, D)."""
     dt = 1 / policy.flow_steps
     v = policy.velocity(features, x, t)
-    drift = v + sigma**2 / 2 * (t * v - x)  # 1 - t cancels
+    score_term = sigma**2 / 2 * (t * v - x)  # 1 - t cancels
+    drift = v + score_term
+    mean = x + dt * drift
     std = sigma * torch.sqrt((1 - t) * dt)
-    return torch.distributions.Normal(x + dt * drift, std, validate_args=False)
+    return torch.distributions.Normal(mean, std, validate_args=False)
 
 
 @torch.no_grad()
@@ -274,7 +277,8 @@ def sample_chain(policy, features: Tensor, sigma: float) -> tuple[Tensor, Tensor
         step = chain_step(policy, features, x, t, sigma)
         x = step.sample()
         chain.append(x)
-        log_probs.append(step.log_prob(x).mean(1))
+        log_prob = step.log_prob(x)  # (B, D)
+        log_probs.append(log_prob.mean(1))
     log_prob = torch.stack(log_probs).mean(0)
     return torch.stack(chain), log_prob
 
@@ -285,12 +289,14 @@ def chain_log_prob(policy, features: Tensor, chain: Tensor, sigma: float) -> Ten
     num_steps = len(chain) - 1
     before = chain[:-1].flatten(0, 1)  # (K * B, D)
     after = chain[1:].flatten(0, 1)
-    k = torch.arange(num_steps, device=chain.device).repeat_interleave(len(features))
+    k = torch.arange(num_steps, device=chain.device)
+    k = k.repeat_interleave(len(features))
     t = k[:, None].to(chain.dtype) / num_steps  # (K * B, 1)
     features = features.repeat(num_steps, 1)  # (K * B, F)
     step = chain_step(policy, features, before, t, sigma)
     log_probs = step.log_prob(after).mean(1)
-    return log_probs.view(num_steps, -1).mean(0)
+    log_probs = log_probs.view(num_steps, -1)  # (K, B)
+    return log_probs.mean(0)
 
 
 def group_advantage(q: Tensor, conservative: bool) -> Tensor:
@@ -309,9 +315,11 @@ def chi2_penalised_q(q: Tensor, ratio: Tensor, coef: float, sharpness: float) ->
     """Value of chains away from the slow policy: (1 - w) mean_m Q + w min_m Q - coef std_m Q ratio,
     w = sigmoid(sharpness (ratio - 1)). Args: q (M, S, G); ratio to slow (S, G). Returns: (S, G)."""
     weight = torch.sigmoid(sharpness * (ratio - 1))
-    pessimistic = (1 - weight) * q.mean(0) + weight * q.amin(0)
-    penalty = coef * q.std(0, correction=0) * ratio
-    return pessimistic - penalty
+    mean = (1 - weight) * q.mean(0)
+    pessimistic = weight * q.amin(0)
+    disagreement = q.std(0, correction=0)
+    penalty = coef * disagreement * ratio
+    return mean + pessimistic - penalty
 
 
 def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_epsilon: float):
@@ -319,9 +327,11 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_eps
     exp(log_prob - old_log_prob). Args: all (...,). Returns: a scalar, metrics."""
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    loss = -surrogate.mean()
-    outside = (ratio.detach() - 1).abs() > clip_epsilon
+    gain = ratio * advantage
+    clipped_gain = clipped * advantage
+    loss = -torch.minimum(gain, clipped_gain).mean()
+    change = (ratio.detach() - 1).abs()
+    outside = change > clip_epsilon
     return loss, {"losses/clip_fraction": outside.float().mean()}
 
 
@@ -330,7 +340,8 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
     device = batch.obs.device
     n = args.next_samples
     with torch.no_grad(), mixed_precision(args, device):
-        features = policy.encode(batch.next_obs).repeat_interleave(n, dim=0)
+        features = policy.encode(batch.next_obs)
+        features = features.repeat_interleave(n, dim=0)
         next_chunk = policy.sample(features)  # (B * n, D)
         critic_features = target_critic.encode(batch.next_obs)
         critic_features = critic_features.repeat_interleave(n, dim=0)
@@ -364,21 +375,24 @@ def update_policy(
     # groups of chains, with the critics' value of each
     obs = batch.obs[: args.ppo_batch_size]
     with torch.no_grad(), mixed_precision(args, device):
-        old_features = old_policy.encode(obs).repeat_interleave(G, dim=0)  # (S * G, F)
+        old_features = old_policy.encode(obs)
+        old_features = old_features.repeat_interleave(G, dim=0)  # (S * G, F)
         chain, old_log_prob = sample_chain(old_policy, old_features, args.sigma)
-        critic_features = target_critic.encode(obs).repeat_interleave(G, dim=0)
+        critic_features = target_critic.encode(obs)
+        critic_features = critic_features.repeat_interleave(G, dim=0)
         chunks = chain[-1].clamp(-1, 1)
         q = target_critic(critic_features, chunks).unflatten(1, (-1, G))  # (M, S, G)
 
     with mixed_precision(args, device):
-        features = policy.encode(obs).repeat_interleave(G, dim=0)
+        features = policy.encode(obs)
+        features = features.repeat_interleave(G, dim=0)
         log_prob = chain_log_prob(policy, features, chain, args.sigma)  # (S * G,)
     if args.chi2_coef > 0:
         with torch.no_grad(), mixed_precision(args, device):
-            slow_features = slow_policy.encode(obs).repeat_interleave(G, dim=0)
+            slow_features = slow_policy.encode(obs)
+            slow_features = slow_features.repeat_interleave(G, dim=0)
             slow_log_prob = chain_log_prob(slow_policy, slow_features, chain, args.sigma)
-            ratio = (log_prob - slow_log_prob).exp()
-            ratio = ratio.view(-1, G)
+            ratio = (log_prob - slow_log_prob).exp().view(-1, G)
             value = chi2_penalised_q(q, ratio, args.chi2_coef, args.chi2_sharpness)
             shift = value - q.mean(0)
             q = q + shift  # the same for all critics, so they agree as before
@@ -419,11 +433,10 @@ def update_clone(policy, optimizer, batch: Batch) -> dict:
 @torch.no_grad()
 def choose_chunk(policy, critic, obs: np.ndarray, best_of_n: int) -> Tensor:
     """Samples n chunks for an observation (O,) and takes the critics' best. Returns: (D,)."""
-    obs = torch.as_tensor(obs[None], device=next(policy.parameters()).device)
+    device = next(policy.parameters()).device
+    obs = torch.as_tensor(obs[None], device=device)
     features = policy.encode(obs).expand(best_of_n, -1)
     chunks = policy.sample(features)  # (n, D)
-    if best_of_n == 1:
-        return chunks[0]
     critic_features = critic.encode(obs).expand(best_of_n, -1)
     q = critic(critic_features, chunks).mean(0)
     return chunks[q.argmax()]
@@ -480,9 +493,6 @@ def train(args: Args, make_networks=make_networks):
                 run.record(update_clone(policy, clone_optimizer, batch))
             for average in (old_policy, slow_policy):
                 average.load_state_dict(policy.state_dict())
-            if type(critic.encode) is type(policy.encode):  # start with its convolutions
-                for network in (critic, target_critic):
-                    network.encode.load_state_dict(policy.encode.state_dict())
         fit_reward_scale(critic, target_critic, demo_buffer)
         for _ in progress(range(args.critic_warmup), "critics"):
             batch = demo_buffer.sample(args.batch_size)
@@ -561,7 +571,8 @@ class Layout:
             size = gym.spaces.flatdim(part)
             if part.dtype == np.uint8 and len(part.shape) > 2:
                 shape = (1, *part.shape)[-4:]
-                usable = min(shape[1:3]) >= 20 and shape[3] <= 4
+                large = min(shape[1:3]) >= 20
+                usable = large and shape[3] <= 4
                 require(usable, f"images are (H, W, C), 20 pixels or more, but not {part.shape}")
                 self.image_shapes[name] = shape
             is_vector += [name not in self.image_shapes] * size
@@ -608,7 +619,8 @@ class Layout:
         images = []
         for shape in self.image_shapes.values():
             stop = start + math.prod(shape)
-            images.append(rows[:, start:stop].unflatten(1, shape))
+            image = rows[:, start:stop]
+            images.append(image.unflatten(1, shape))
             start = stop
         return vectors, images
 
@@ -761,8 +773,8 @@ class Environment:
         with explained(f"{self.name} cannot be used"):
             env = gym.make(self.name, disable_env_checker=True, **options)
             self.box = env.action_space
-            usable = isinstance(self.box, gym.spaces.Box) and self.box.dtype.kind == "f"
-            require(usable, f"actions are no Box of floats, but {self.box}")
+            require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
+            require(self.box.dtype.kind == "f", "actions are no floats")
             self.width = self.box.high - self.box.low
             usable = np.isfinite(self.width) & (self.width > 0)
             require(usable.all(), "an action has no bounds, or low == high")
@@ -795,7 +807,8 @@ class Environment:
         action = self.chunk.pop(0)
         returned = "observation, reward, terminated, truncated and an info with numbers"
         with explained(f"{self.name} failed in step, which returns {returned}"):
-            scaled = self.box.low + self.width * (action.reshape(self.box.shape) + 1) / 2
+            share = (action.reshape(self.box.shape) + 1) / 2
+            scaled = self.box.low + share * self.width
             scaled = scaled.clip(self.box.low, self.box.high)  # it may round past them
             obs, reward, terminated, truncated, info = self.env.step(scaled)
             self.obs.append(self.layout.pack(obs))
@@ -859,9 +872,10 @@ def evaluate(policy, critic, args, folder, title):
     require(episodes, f"{args.env_id}: no episode of the evaluation is usable")
 
     success = mean_success(episodes)
-    mean_return = float(np.mean([episode.rewards.sum() for episode in episodes]))
-    result = f"success {success:.2f}, mean return {mean_return:.1f}, {len(episodes)} episodes"
-    tqdm.write(f"{title}: {result}")
+    returns = [episode.rewards.sum() for episode in episodes]
+    mean_return = float(np.mean(returns))
+    result = f"success {success:.2f}, mean return {mean_return:.1f}"
+    tqdm.write(f"{title}: {result}, {len(episodes)} episodes")
     return {"eval/success": success, "eval/return": mean_return}
 
 
@@ -936,7 +950,8 @@ def cut(columns, env):
     terminals = columns["terminals"].ravel() > 0
     ends = terminals | (columns["timeouts"].ravel() > 0)
     next_obs = env.layout.pack_column(columns, "next_observations")
-    success = columns.get("success", np.full(len(actions), math.nan)).ravel()
+    unreported = np.full(len(actions), math.nan)
+    success = columns.get("success", unreported).ravel()
     require(obs is not None, "there are no observations")
     for column in (actions, rewards, ends, success):
         require(len(column) == len(obs), "columns differ in their numbers of rows")
@@ -987,8 +1002,8 @@ class Run:
     Args: learner, everything with a state dict that a checkpoint holds, by name."""
     def __init__(self, args, learner):
         moment = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.env_id}__{METHOD}__{args.seed}__{moment}-{os.getpid()}"
-        name = name.replace("/", "-").replace(":", "-")
+        env_id = args.env_id.replace("/", "-").replace(":", "-")
+        name = f"{env_id}__{METHOD}__{args.seed}__{moment}-{os.getpid()}"
         self.folder = args.resume or Path("runs") / name
         self.args = args
         self.learner = learner
@@ -1159,7 +1174,8 @@ def check(args):
             least = 0 if name in MAY_BE_ZERO else least
             most = 1 if name in AT_MOST_1 else 2**31 - 1
             option = name.replace("_", "-")
-            require(least <= value <= most, f"--{option} {value} is not in {least} to {most}.")
+            allowed = least <= value <= most
+            require(allowed, f"--{option} {value} is not in {least} to {most}.")
     require(args.batch_size <= args.buffer_size, "--batch-size must not be above --buffer-size.")
     if args.capture_video:
         require(importlib.util.find_spec("moviepy"), "--capture-video needs pip install moviepy.")

@@ -121,7 +121,8 @@ class Encoder(nn.Module):
                 nn.ReLU(),
             )
             self.convolutions.append(layers)
-        self.feature_dim = self.layout.vector_size + 2 * image_channels * len(self.convolutions)
+        image_features = 2 * image_channels * len(self.convolutions)
+        self.feature_dim = self.layout.vector_size + image_features
 
     def forward(self, obs: Tensor) -> Tensor:
         vectors, images = self.layout.split(obs)
@@ -297,7 +298,8 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
     # spread them less than the exact flow does, so each update would narrow the policy
     with torch.no_grad(), mixed_precision(args, device):
         candidates = policy.sample(candidate_features, flow_steps=2 * args.flow_steps)
-        critic_features = target_critic.encode(batch.obs[:S]).repeat_interleave(N, dim=0)
+        critic_features = target_critic.encode(batch.obs[:S])
+        critic_features = critic_features.repeat_interleave(N, dim=0)
         q = target_critic(critic_features, candidates).mean(0).view(-1, N)  # (S, N)
         temperature = args.temperature or adaptive_temperature(q, args.effective_samples)
         weights = posterior_weights(q, temperature)
@@ -334,11 +336,10 @@ def update_clone(policy, optimizer, batch: Batch) -> dict:
 @torch.no_grad()
 def choose_chunk(policy, critic, obs: np.ndarray, best_of_n: int) -> Tensor:
     """Samples n chunks for an observation (O,) and takes the critics' best. Returns: (D,)."""
-    obs = torch.as_tensor(obs[None], device=next(policy.parameters()).device)
+    device = next(policy.parameters()).device
+    obs = torch.as_tensor(obs[None], device=device)
     features = policy.encode(obs).expand(best_of_n, -1)
     chunks = policy.sample(features)  # (n, D)
-    if best_of_n == 1:
-        return chunks[0]
     critic_features = critic.encode(obs).expand(best_of_n, -1)
     q = critic(critic_features, chunks).mean(0)
     return chunks[q.argmax()]
@@ -385,9 +386,6 @@ def train(args: Args, make_networks=make_networks):
             for _ in progress(range(args.bc_steps), "cloning"):
                 batch = buffer.sample(args.batch_size)
                 run.record(update_clone(policy, policy_optimizer, batch))
-            if type(critic.encode) is type(policy.encode):  # start with its convolutions
-                for network in (critic, target_critic):
-                    network.encode.load_state_dict(policy.encode.state_dict())
         fit_reward_scale(critic, target_critic, buffer)
         for _ in progress(range(args.critic_warmup), "critics"):
             batch = buffer.sample(args.batch_size)
@@ -461,7 +459,8 @@ class Layout:
             size = gym.spaces.flatdim(part)
             if part.dtype == np.uint8 and len(part.shape) > 2:
                 shape = (1, *part.shape)[-4:]
-                usable = min(shape[1:3]) >= 20 and shape[3] <= 4
+                large = min(shape[1:3]) >= 20
+                usable = large and shape[3] <= 4
                 require(usable, f"images are (H, W, C), 20 pixels or more, but not {part.shape}")
                 self.image_shapes[name] = shape
             is_vector += [name not in self.image_shapes] * size
@@ -508,7 +507,8 @@ class Layout:
         images = []
         for shape in self.image_shapes.values():
             stop = start + math.prod(shape)
-            images.append(rows[:, start:stop].unflatten(1, shape))
+            image = rows[:, start:stop]
+            images.append(image.unflatten(1, shape))
             start = stop
         return vectors, images
 
@@ -661,8 +661,8 @@ class Environment:
         with explained(f"{self.name} cannot be used"):
             env = gym.make(self.name, disable_env_checker=True, **options)
             self.box = env.action_space
-            usable = isinstance(self.box, gym.spaces.Box) and self.box.dtype.kind == "f"
-            require(usable, f"actions are no Box of floats, but {self.box}")
+            require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
+            require(self.box.dtype.kind == "f", "actions are no floats")
             self.width = self.box.high - self.box.low
             usable = np.isfinite(self.width) & (self.width > 0)
             require(usable.all(), "an action has no bounds, or low == high")
@@ -695,7 +695,8 @@ class Environment:
         action = self.chunk.pop(0)
         returned = "observation, reward, terminated, truncated and an info with numbers"
         with explained(f"{self.name} failed in step, which returns {returned}"):
-            scaled = self.box.low + self.width * (action.reshape(self.box.shape) + 1) / 2
+            share = (action.reshape(self.box.shape) + 1) / 2
+            scaled = self.box.low + share * self.width
             scaled = scaled.clip(self.box.low, self.box.high)  # it may round past them
             obs, reward, terminated, truncated, info = self.env.step(scaled)
             self.obs.append(self.layout.pack(obs))
@@ -759,9 +760,10 @@ def evaluate(policy, critic, args, folder, title):
     require(episodes, f"{args.env_id}: no episode of the evaluation is usable")
 
     success = mean_success(episodes)
-    mean_return = float(np.mean([episode.rewards.sum() for episode in episodes]))
-    result = f"success {success:.2f}, mean return {mean_return:.1f}, {len(episodes)} episodes"
-    tqdm.write(f"{title}: {result}")
+    returns = [episode.rewards.sum() for episode in episodes]
+    mean_return = float(np.mean(returns))
+    result = f"success {success:.2f}, mean return {mean_return:.1f}"
+    tqdm.write(f"{title}: {result}, {len(episodes)} episodes")
     return {"eval/success": success, "eval/return": mean_return}
 
 
@@ -836,7 +838,8 @@ def cut(columns, env):
     terminals = columns["terminals"].ravel() > 0
     ends = terminals | (columns["timeouts"].ravel() > 0)
     next_obs = env.layout.pack_column(columns, "next_observations")
-    success = columns.get("success", np.full(len(actions), math.nan)).ravel()
+    unreported = np.full(len(actions), math.nan)
+    success = columns.get("success", unreported).ravel()
     require(obs is not None, "there are no observations")
     for column in (actions, rewards, ends, success):
         require(len(column) == len(obs), "columns differ in their numbers of rows")
@@ -887,8 +890,8 @@ class Run:
     Args: learner, everything with a state dict that a checkpoint holds, by name."""
     def __init__(self, args, learner):
         moment = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.env_id}__{METHOD}__{args.seed}__{moment}-{os.getpid()}"
-        name = name.replace("/", "-").replace(":", "-")
+        env_id = args.env_id.replace("/", "-").replace(":", "-")
+        name = f"{env_id}__{METHOD}__{args.seed}__{moment}-{os.getpid()}"
         self.folder = args.resume or Path("runs") / name
         self.args = args
         self.learner = learner
@@ -1059,7 +1062,8 @@ def check(args):
             least = 0 if name in MAY_BE_ZERO else least
             most = 1 if name in AT_MOST_1 else 2**31 - 1
             option = name.replace("_", "-")
-            require(least <= value <= most, f"--{option} {value} is not in {least} to {most}.")
+            allowed = least <= value <= most
+            require(allowed, f"--{option} {value} is not in {least} to {most}.")
     require(args.batch_size <= args.buffer_size, "--batch-size must not be above --buffer-size.")
     if args.capture_video:
         require(importlib.util.find_spec("moviepy"), "--capture-video needs pip install moviepy.")
