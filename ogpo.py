@@ -1002,8 +1002,8 @@ class Run:
     Args: learner, everything with a state dict that a checkpoint holds, by name."""
     def __init__(self, args, learner):
         moment = time.strftime("%Y%m%d-%H%M%S")
-        env_id = args.env_id.replace("/", "-").replace(":", "-")
-        name = f"{env_id}__{METHOD}__{args.seed}__{moment}-{os.getpid()}"
+        name = f"{args.env_id}__{METHOD}__{args.seed}__{moment}-{os.getpid()}"
+        name = name.replace("/", "-").replace(":", "-")
         self.folder = args.resume or Path("runs") / name
         self.args = args
         self.learner = learner
