@@ -437,6 +437,8 @@ def choose_chunk(policy, critic, obs: np.ndarray, best_of_n: int) -> Tensor:
     obs = torch.as_tensor(obs[None], device=device)
     features = policy.encode(obs).expand(best_of_n, -1)
     chunks = policy.sample(features)  # (n, D)
+    if best_of_n == 1:
+        return chunks[0]
     critic_features = critic.encode(obs).expand(best_of_n, -1)
     q = critic(critic_features, chunks).mean(0)
     return chunks[q.argmax()]
