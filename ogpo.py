@@ -93,8 +93,7 @@ class Args:
     chi2_coef: float = 0.0  # weight of the ratio to the slow policy; 0: none of this
     chi2_sharpness: float = 5.0  # how fast the minimum of Q takes over as that ratio passes 1
     chi2_tau: float = 5e-4  # Polyak rate of the slow policy
-    next_samples: int = 1  # chunks per next state in the TD target
-    next_reduction: Literal["mean", "median"] = "mean"  # how their values become one
+    next_samples: int = 1  # chunks per next state, over which the TD target averages Q
     # evaluation
     eval_interval: int = 2_500  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
@@ -245,14 +244,6 @@ def critic_loss(q: Tensor, target: Tensor, has_target: Tensor) -> Tensor:
     return error.mean(0).sum() / count
 
 
-def reduce_next_q(next_q: Tensor, how: str) -> Tensor:
-    """Q-variance reduction: one value from those of n next chunks. Args: next_q (B, n); how, mean
-    or median. Returns: (B,)."""
-    if how == "mean":
-        return next_q.mean(1)
-    return next_q.quantile(0.5, dim=1)
-
-
 def chain_step(policy, features: Tensor, x: Tensor, t: Tensor, sigma: float):
     """One stochastic Euler step of the flow. The drift's term (sigma_t^2 / 2) score, with sigma_t =
     sigma sqrt(1 - t) and score = (t v - x) / (1 - t), keeps the ODE's marginals as K grows.
@@ -346,7 +337,7 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
         critic_features = target_critic.encode(batch.next_obs)
         critic_features = critic_features.repeat_interleave(n, dim=0)
         next_q = target_critic(critic_features, next_chunk).mean(0)  # (B * n,), the critics' mean
-        next_q = reduce_next_q(next_q.view(-1, n), args.next_reduction)  # (B,)
+        next_q = next_q.view(-1, n).mean(1)  # (B,), Q-variance reduction
         reward = critic.reward_scale * batch.reward
         target = td_target(reward, next_q, batch.terminated, args.gamma, args.chunk_size)
 
