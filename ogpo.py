@@ -486,6 +486,9 @@ def train(args: Args, make_networks=make_networks):
                 run.record(update_clone(policy, clone_optimizer, batch))
             for average in (old_policy, slow_policy):
                 average.load_state_dict(policy.state_dict())
+            if type(critic.encode) is type(policy.encode):  # convolutions that know the task
+                for network in (critic, target_critic):
+                    network.encode.load_state_dict(policy.encode.state_dict())
         fit_reward_scale(critic, target_critic, demo_buffer)
         for _ in progress(range(args.critic_warmup), "critics"):
             batch = demo_buffer.sample(args.batch_size)

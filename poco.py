@@ -388,6 +388,9 @@ def train(args: Args, make_networks=make_networks):
             for _ in progress(range(args.bc_steps), "cloning"):
                 batch = buffer.sample(args.batch_size)
                 run.record(update_clone(policy, policy_optimizer, batch))
+            if type(critic.encode) is type(policy.encode):  # convolutions that know the task
+                for network in (critic, target_critic):
+                    network.encode.load_state_dict(policy.encode.state_dict())
         fit_reward_scale(critic, target_critic, buffer)
         for _ in progress(range(args.critic_warmup), "critics"):
             batch = buffer.sample(args.batch_size)
