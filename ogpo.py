@@ -25,7 +25,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,8 +40,6 @@ from tqdm import tqdm
 METHOD = "ogpo"
 CPU_FEATURES = torch.cpu.get_capabilities()
 CPU_BF16 = CPU_FEATURES.get("amx_bf16", False) or CPU_FEATURES.get("avx512_bf16", False)
-REFRESH = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
-progress = partial(tqdm, mininterval=REFRESH)
 if importlib.util.find_spec("gymnasium_robotics"):  # may be missing beside robosuite
     with contextlib.redirect_stderr(io.StringIO()):  # hides a notice about three environments
         import gymnasium_robotics
@@ -321,8 +318,7 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_eps
     gain = ratio * advantage
     clipped_gain = clipped * advantage
     loss = -torch.minimum(gain, clipped_gain).mean()
-    change = (ratio.detach() - 1).abs()
-    outside = change > clip_epsilon
+    outside = (ratio.detach() - 1).abs() > clip_epsilon
     return loss, {"losses/clip_fraction": outside.float().mean()}
 
 
@@ -331,11 +327,9 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
     device = batch.obs.device
     n = args.next_samples
     with torch.no_grad(), mixed_precision(args, device):
-        features = policy.encode(batch.next_obs)
-        features = features.repeat_interleave(n, dim=0)
+        features = policy.encode(batch.next_obs).repeat_interleave(n, dim=0)
         next_chunk = policy.sample(features)  # (B * n, D)
-        critic_features = target_critic.encode(batch.next_obs)
-        critic_features = critic_features.repeat_interleave(n, dim=0)
+        critic_features = target_critic.encode(batch.next_obs).repeat_interleave(n, dim=0)
         next_q = target_critic(critic_features, next_chunk).mean(0)  # (B * n,), the critics' mean
         next_q = next_q.view(-1, n).mean(1)  # (B,), Q-variance reduction
         reward = critic.reward_scale * batch.reward
@@ -366,27 +360,22 @@ def update_policy(
     # groups of chains, with the critics' value of each
     obs = batch.obs[: args.ppo_batch_size]
     with torch.no_grad(), mixed_precision(args, device):
-        old_features = old_policy.encode(obs)
-        old_features = old_features.repeat_interleave(G, dim=0)  # (S * G, F)
+        old_features = old_policy.encode(obs).repeat_interleave(G, dim=0)  # (S * G, F)
         chain, old_log_prob = sample_chain(old_policy, old_features, args.sigma)
-        critic_features = target_critic.encode(obs)
-        critic_features = critic_features.repeat_interleave(G, dim=0)
+        critic_features = target_critic.encode(obs).repeat_interleave(G, dim=0)
         chunks = chain[-1].clamp(-1, 1)
         q = target_critic(critic_features, chunks).unflatten(1, (-1, G))  # (M, S, G)
 
     with mixed_precision(args, device):
-        features = policy.encode(obs)
-        features = features.repeat_interleave(G, dim=0)
+        features = policy.encode(obs).repeat_interleave(G, dim=0)
         log_prob = chain_log_prob(policy, features, chain, args.sigma)  # (S * G,)
     if args.chi2_coef > 0:
         with torch.no_grad(), mixed_precision(args, device):
-            slow_features = slow_policy.encode(obs)
-            slow_features = slow_features.repeat_interleave(G, dim=0)
+            slow_features = slow_policy.encode(obs).repeat_interleave(G, dim=0)
             slow_log_prob = chain_log_prob(slow_policy, slow_features, chain, args.sigma)
             ratio = (log_prob - slow_log_prob).exp().view(-1, G)
             value = chi2_penalised_q(q, ratio, args.chi2_coef, args.chi2_sharpness)
-            shift = value - q.mean(0)
-            q = q + shift  # the same for all critics, so they agree as before
+            q = q + value - q.mean(0)  # the same for all critics, so they agree as before
 
     # PPO; advantages in units of the mean spread within a group, so that the rewards' scale cancels
     stds = q.mean(0).std(1, correction=0)  # (S,)
@@ -428,8 +417,6 @@ def choose_chunk(policy, critic, obs: np.ndarray, best_of_n: int) -> Tensor:
     obs = torch.as_tensor(obs[None], device=device)
     features = policy.encode(obs).expand(best_of_n, -1)
     chunks = policy.sample(features)  # (n, D)
-    if best_of_n == 1:
-        return chunks[0]
     critic_features = critic.encode(obs).expand(best_of_n, -1)
     q = critic(critic_features, chunks).mean(0)
     return chunks[q.argmax()]
@@ -458,8 +445,8 @@ def train(args: Args, make_networks=make_networks):
     old_policy = copy.deepcopy(policy)
     slow_policy = copy.deepcopy(policy)
     actors = (policy, old_policy, slow_policy)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), args.ppo_learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
+    actor_optimizer = torch.optim.Adam(policy.parameters(), args.ppo_learning_rate, fused=True)
+    q_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     buffer = ReplayBuffer(args, env, args.buffer_size, device)
     num_rows = sum(len(demo.obs) for demo in demos)
     demo_buffer = ReplayBuffer(args, env, num_rows, device)
@@ -469,7 +456,7 @@ def train(args: Args, make_networks=make_networks):
 
     networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
     networks |= {"old_policy": old_policy, "slow_policy": slow_policy}
-    optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
+    optimizers = {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
     buffers = {"buffer": buffer, "success_buffer": success_buffer}
     run = Run(args, networks | optimizers | buffers)
     step = 0
@@ -481,7 +468,7 @@ def train(args: Args, make_networks=make_networks):
         if not args.policy:
             fit_statistics(networks, demo_buffer)
             clone_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
-            for _ in progress(range(args.bc_steps), "cloning"):
+            for _ in tqdm(range(args.bc_steps), "cloning"):
                 batch = demo_buffer.sample(args.batch_size)
                 run.record(update_clone(policy, clone_optimizer, batch))
             for average in (old_policy, slow_policy):
@@ -490,9 +477,9 @@ def train(args: Args, make_networks=make_networks):
                 for network in (critic, target_critic):
                     network.encode.load_state_dict(policy.encode.state_dict())
         fit_reward_scale(critic, target_critic, demo_buffer)
-        for _ in progress(range(args.critic_warmup), "critics"):
+        for _ in tqdm(range(args.critic_warmup), "critics"):
             batch = demo_buffer.sample(args.batch_size)
-            metrics = update_critic(policy, critic, target_critic, critic_optimizer, batch, args)
+            metrics = update_critic(policy, critic, target_critic, q_optimizer, batch, args)
             run.record(metrics)
     if not args.resume:
         run.save(step)
@@ -522,23 +509,20 @@ def train(args: Args, make_networks=make_networks):
             run.bar.update()
 
             if len(buffer) >= args.batch_size:
-                from_nothing = not demos and not args.policy
-                if from_nothing and not critic_optimizer.state:  # before the first update
+                if not demos and not q_optimizer.state:  # before the first update
                     fit_statistics(networks, buffer)
                 fit_reward_scale(critic, target_critic, buffer)  # once there is a reward
                 updates_before = int((step - 1) * args.utd_ratio)
                 for _ in range(updates_before, int(step * args.utd_ratio)):
                     batch = buffer.sample(args.batch_size)
-                    metrics = update_critic(
-                        policy, critic, target_critic, critic_optimizer, batch, args
-                    )
+                    metrics = update_critic(policy, critic, target_critic, q_optimizer, batch, args)
                     run.record(metrics)
                     if step > args.policy_start:
                         successes = None
                         if len(success_buffer) >= args.batch_size:
                             successes = success_buffer.sample(args.batch_size)
                         metrics = update_policy(
-                            *actors, target_critic, policy_optimizer, batch, successes, args
+                            *actors, target_critic, actor_optimizer, batch, successes, args
                         )
                         run.record(metrics)
             if step % args.log_interval == 0 and step < stop:
@@ -567,8 +551,7 @@ class Layout:
             size = gym.spaces.flatdim(part)
             if part.dtype == np.uint8 and len(part.shape) > 2:
                 shape = (1, *part.shape)[-4:]
-                large = min(shape[1:3]) >= 20
-                usable = large and shape[3] <= 4
+                usable = min(shape[1:3]) >= 20 and shape[3] <= 4
                 require(usable, f"images are (H, W, C), 20 pixels or more, but not {part.shape}")
                 self.image_shapes[name] = shape
             is_vector += [name not in self.image_shapes] * size
@@ -623,16 +606,14 @@ class Layout:
     def shift(self, rows):
         """Moves each image by up to 4 pixels, its border repeated (DrQ-v2, arXiv 2107.09645)."""
         _, images = self.split(rows)
+        sample = torch.arange(len(rows))[:, None, None]
         for image in images:
             height, width = image.shape[2:4]
-            padded = image
-            for dim in (2, 3):
-                first = padded.narrow(dim, 0, 1)
-                last = padded.narrow(dim, -1, 1)
-                padded = torch.cat([first] * 4 + [padded] + [last] * 4, dim)
-            corners = torch.randint(9, (len(rows), 2)).tolist()
-            for target, source, (y, x) in zip(image, padded, corners):
-                target.copy_(source[:, y : y + height, x : x + width])
+            down, right = torch.randint(-4, 5, (2, len(rows), 1, 1))
+            y = torch.arange(height)[:, None] + down  # (B, H, 1)
+            x = torch.arange(width) + right  # (B, 1, W)
+            shifted = image[sample, :, y.clamp(0, height - 1), x.clamp(0, width - 1)]
+            image.copy_(shifted.movedim(3, 1))
         return rows
 
 
@@ -736,8 +717,8 @@ class ReplayBuffer:
 
 
 def fit_statistics(networks, buffer):
-    """Gives every Encoder the buffer's statistics. What is constant, or only jitters beside the
-    other entries, is not scaled. Args: networks, by name."""
+    """Gives every Encoder that has none the buffer's statistics. What is constant, or only jitters
+    beside the other entries, is not scaled. Args: networks, by name."""
     vectors, _ = buffer.layout.split(buffer.obs[: buffer.size])
     obs = vectors.double()
     std = obs.std(0, correction=0)
@@ -745,7 +726,7 @@ def fit_statistics(networks, buffer):
     jitter = std < 1e-4 * std[~constant].median()
     std[constant | jitter] = 1
     for module in nn.ModuleList(networks.values()).modules():
-        if isinstance(module, Encoder):
+        if isinstance(module, Encoder) and not module.mean.any():
             module.mean.copy_(obs.mean(0))
             module.std.copy_(std)
 
@@ -763,10 +744,11 @@ def fit_reward_scale(critic, target_critic, buffer):
 class Environment:
     """A Gymnasium environment with rows as observations, actions in [-1, 1], its episode so far,
     and what is left of its chunk. Episodes have the seeds first_seed, first_seed + 1, ..."""
-    def __init__(self, args, first_seed, videos=None, **options):
+    def __init__(self, args, first_seed, videos=None):
         self.name = args.env_id
         self.success_at = args.success_at
         with explained(f"{self.name} cannot be used"):
+            options = {"render_mode": "rgb_array"} if videos else {}
             env = gym.make(self.name, disable_env_checker=True, **options)
             self.box = env.action_space
             require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
@@ -795,8 +777,7 @@ class Environment:
 
     def set_chunk(self, chunk):
         """Args: chunk (D,)."""
-        actions = chunk.cpu().numpy().reshape(-1, self.action_dim)
-        self.chunk = list(actions)
+        self.chunk = list(chunk.cpu().numpy().reshape(-1, self.action_dim))
 
     def step(self):
         """Takes the chunk's next action. Returns: a list of the episode, if it has just ended."""
@@ -854,10 +835,8 @@ def mean_success(episodes):
 def evaluate(policy, critic, args, folder, title):
     """Runs episodes of the seeds 0, 1, ... with the best of n. Returns: metrics."""
     title = f"{title}, best of {args.best_of_n}"
-    options = {}
-    if args.capture_video:
-        options = {"render_mode": "rgb_array", "videos": folder / "videos" / title}
-    env = Environment(args, first_seed=0, **options)
+    videos = folder / "videos" / title if args.capture_video else None
+    env = Environment(args, first_seed=0, videos=videos)
     torch.manual_seed(0)
     episodes = []
     while env.seed < args.eval_episodes:
@@ -915,8 +894,7 @@ def load_demonstrations(args, env):
     if args.dataset == "demos" and num_demos is None:
         num_demos = 30
     demos = [episodes[i] for i in sorted(order[:num_demos])]
-    number = f"{len(demos)} of {len(episodes)} episodes"
-    tqdm.write(f"demonstrations: {number}, success {mean_success(demos):.2f}")
+    print(f"demonstrations: {len(demos)} of {len(episodes)}, success {mean_success(demos):.2f}")
     return demos
 
 
@@ -1013,7 +991,7 @@ class Run:
         resume = f"python {METHOD}.py --resume {self.folder}"
         evaluate = f"python {METHOD}.py --evaluate {self.folder}/policy.pt"
         atexit.register(print, f"{resume}\n{evaluate}")
-        self.bar = progress(total=self.args.total_timesteps, initial=step, unit="step")
+        self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit="step")
 
     def record(self, values):
         """Adds to the means of the next row."""

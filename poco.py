@@ -25,7 +25,6 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,8 +40,6 @@ from tqdm import tqdm
 METHOD = "poco"
 CPU_FEATURES = torch.cpu.get_capabilities()
 CPU_BF16 = CPU_FEATURES.get("amx_bf16", False) or CPU_FEATURES.get("avx512_bf16", False)
-REFRESH = 0.1 if sys.stderr.isatty() else 60  # seconds between updates of a progress bar
-progress = partial(tqdm, mininterval=REFRESH)
 if importlib.util.find_spec("gymnasium_robotics"):  # may be missing beside robosuite
     with contextlib.redirect_stderr(io.StringIO()):  # hides a notice about three environments
         import gymnasium_robotics
@@ -298,8 +295,7 @@ def update_policy(policy, target_critic, optimizer, batch: Batch, args: Args) ->
     # spread them less than the exact flow does, so each update would narrow the policy
     with torch.no_grad(), mixed_precision(args, device):
         candidates = policy.sample(candidate_features, flow_steps=2 * args.flow_steps)
-        critic_features = target_critic.encode(batch.obs[:S])
-        critic_features = critic_features.repeat_interleave(N, dim=0)
+        critic_features = target_critic.encode(batch.obs[:S]).repeat_interleave(N, dim=0)
         q = target_critic(critic_features, candidates).mean(0).view(-1, N)  # (S, N)
         temperature = args.temperature or adaptive_temperature(q, args.effective_samples)
         weights = posterior_weights(q, temperature)
@@ -340,8 +336,6 @@ def choose_chunk(policy, critic, obs: np.ndarray, best_of_n: int) -> Tensor:
     obs = torch.as_tensor(obs[None], device=device)
     features = policy.encode(obs).expand(best_of_n, -1)
     chunks = policy.sample(features)  # (n, D)
-    if best_of_n == 1:
-        return chunks[0]
     critic_features = critic.encode(obs).expand(best_of_n, -1)
     q = critic(critic_features, chunks).mean(0)
     return chunks[q.argmax()]
@@ -367,15 +361,15 @@ def train(args: Args, make_networks=make_networks):
     policy.to(device)
     critic.to(device)
     target_critic = copy.deepcopy(critic)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
+    actor_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
+    q_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     num_rows = sum(len(demo.obs) for demo in demos)
     buffer = ReplayBuffer(args, env, num_rows + args.buffer_size, device)
     for demo in demos:
         buffer.add(demo._replace(success=1.0))  # all are worth cloning
 
     networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
-    optimizers = {"policy_optimizer": policy_optimizer, "critic_optimizer": critic_optimizer}
+    optimizers = {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
     run = Run(args, networks | optimizers | {"buffer": buffer})
     step = 0
 
@@ -385,16 +379,16 @@ def train(args: Args, make_networks=make_networks):
     elif demos:
         if not args.policy:
             fit_statistics(networks, buffer)
-            for _ in progress(range(args.bc_steps), "cloning"):
+            for _ in tqdm(range(args.bc_steps), "cloning"):
                 batch = buffer.sample(args.batch_size)
-                run.record(update_clone(policy, policy_optimizer, batch))
+                run.record(update_clone(policy, actor_optimizer, batch))
             if type(critic.encode) is type(policy.encode):  # convolutions that know the task
                 for network in (critic, target_critic):
                     network.encode.load_state_dict(policy.encode.state_dict())
         fit_reward_scale(critic, target_critic, buffer)
-        for _ in progress(range(args.critic_warmup), "critics"):
+        for _ in tqdm(range(args.critic_warmup), "critics"):
             batch = buffer.sample(args.batch_size)
-            metrics = update_critic(policy, critic, target_critic, critic_optimizer, batch, args)
+            metrics = update_critic(policy, critic, target_critic, q_optimizer, batch, args)
             run.record(metrics)
     if not args.resume:
         run.save(step)
@@ -422,21 +416,16 @@ def train(args: Args, make_networks=make_networks):
             run.bar.update()
 
             if len(buffer) >= args.batch_size:
-                from_nothing = not demos and not args.policy
-                if from_nothing and not critic_optimizer.state:  # before the first update
+                if not demos and not q_optimizer.state:  # before the first update
                     fit_statistics(networks, buffer)
                 fit_reward_scale(critic, target_critic, buffer)  # once there is a reward
                 updates_before = int((step - 1) * args.utd_ratio)
                 for _ in range(updates_before, int(step * args.utd_ratio)):
                     batch = buffer.sample(args.batch_size)
-                    metrics = update_critic(
-                        policy, critic, target_critic, critic_optimizer, batch, args
-                    )
+                    metrics = update_critic(policy, critic, target_critic, q_optimizer, batch, args)
                     run.record(metrics)
                     if step > args.policy_start:
-                        metrics = update_policy(
-                            policy, target_critic, policy_optimizer, batch, args
-                        )
+                        metrics = update_policy(policy, target_critic, actor_optimizer, batch, args)
                         run.record(metrics)
             if step % args.log_interval == 0 and step < stop:
                 run.write_row(step, {})
@@ -464,8 +453,7 @@ class Layout:
             size = gym.spaces.flatdim(part)
             if part.dtype == np.uint8 and len(part.shape) > 2:
                 shape = (1, *part.shape)[-4:]
-                large = min(shape[1:3]) >= 20
-                usable = large and shape[3] <= 4
+                usable = min(shape[1:3]) >= 20 and shape[3] <= 4
                 require(usable, f"images are (H, W, C), 20 pixels or more, but not {part.shape}")
                 self.image_shapes[name] = shape
             is_vector += [name not in self.image_shapes] * size
@@ -520,16 +508,14 @@ class Layout:
     def shift(self, rows):
         """Moves each image by up to 4 pixels, its border repeated (DrQ-v2, arXiv 2107.09645)."""
         _, images = self.split(rows)
+        sample = torch.arange(len(rows))[:, None, None]
         for image in images:
             height, width = image.shape[2:4]
-            padded = image
-            for dim in (2, 3):
-                first = padded.narrow(dim, 0, 1)
-                last = padded.narrow(dim, -1, 1)
-                padded = torch.cat([first] * 4 + [padded] + [last] * 4, dim)
-            corners = torch.randint(9, (len(rows), 2)).tolist()
-            for target, source, (y, x) in zip(image, padded, corners):
-                target.copy_(source[:, y : y + height, x : x + width])
+            down, right = torch.randint(-4, 5, (2, len(rows), 1, 1))
+            y = torch.arange(height)[:, None] + down  # (B, H, 1)
+            x = torch.arange(width) + right  # (B, 1, W)
+            shifted = image[sample, :, y.clamp(0, height - 1), x.clamp(0, width - 1)]
+            image.copy_(shifted.movedim(3, 1))
         return rows
 
 
@@ -633,8 +619,8 @@ class ReplayBuffer:
 
 
 def fit_statistics(networks, buffer):
-    """Gives every Encoder the buffer's statistics. What is constant, or only jitters beside the
-    other entries, is not scaled. Args: networks, by name."""
+    """Gives every Encoder that has none the buffer's statistics. What is constant, or only jitters
+    beside the other entries, is not scaled. Args: networks, by name."""
     vectors, _ = buffer.layout.split(buffer.obs[: buffer.size])
     obs = vectors.double()
     std = obs.std(0, correction=0)
@@ -642,7 +628,7 @@ def fit_statistics(networks, buffer):
     jitter = std < 1e-4 * std[~constant].median()
     std[constant | jitter] = 1
     for module in nn.ModuleList(networks.values()).modules():
-        if isinstance(module, Encoder):
+        if isinstance(module, Encoder) and not module.mean.any():
             module.mean.copy_(obs.mean(0))
             module.std.copy_(std)
 
@@ -660,10 +646,11 @@ def fit_reward_scale(critic, target_critic, buffer):
 class Environment:
     """A Gymnasium environment with rows as observations, actions in [-1, 1], its episode so far,
     and what is left of its chunk. Episodes have the seeds first_seed, first_seed + 1, ..."""
-    def __init__(self, args, first_seed, videos=None, **options):
+    def __init__(self, args, first_seed, videos=None):
         self.name = args.env_id
         self.success_at = args.success_at
         with explained(f"{self.name} cannot be used"):
+            options = {"render_mode": "rgb_array"} if videos else {}
             env = gym.make(self.name, disable_env_checker=True, **options)
             self.box = env.action_space
             require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
@@ -692,8 +679,7 @@ class Environment:
 
     def set_chunk(self, chunk):
         """Args: chunk (D,)."""
-        actions = chunk.cpu().numpy().reshape(-1, self.action_dim)
-        self.chunk = list(actions)
+        self.chunk = list(chunk.cpu().numpy().reshape(-1, self.action_dim))
 
     def step(self):
         """Takes the chunk's next action. Returns: a list of the episode, if it has just ended."""
@@ -751,10 +737,8 @@ def mean_success(episodes):
 def evaluate(policy, critic, args, folder, title):
     """Runs episodes of the seeds 0, 1, ... with the best of n. Returns: metrics."""
     title = f"{title}, best of {args.best_of_n}"
-    options = {}
-    if args.capture_video:
-        options = {"render_mode": "rgb_array", "videos": folder / "videos" / title}
-    env = Environment(args, first_seed=0, **options)
+    videos = folder / "videos" / title if args.capture_video else None
+    env = Environment(args, first_seed=0, videos=videos)
     torch.manual_seed(0)
     episodes = []
     while env.seed < args.eval_episodes:
@@ -812,8 +796,7 @@ def load_demonstrations(args, env):
     if args.dataset == "demos" and num_demos is None:
         num_demos = 30
     demos = [episodes[i] for i in sorted(order[:num_demos])]
-    number = f"{len(demos)} of {len(episodes)} episodes"
-    tqdm.write(f"demonstrations: {number}, success {mean_success(demos):.2f}")
+    print(f"demonstrations: {len(demos)} of {len(episodes)}, success {mean_success(demos):.2f}")
     return demos
 
 
@@ -910,7 +893,7 @@ class Run:
         resume = f"python {METHOD}.py --resume {self.folder}"
         evaluate = f"python {METHOD}.py --evaluate {self.folder}/policy.pt"
         atexit.register(print, f"{resume}\n{evaluate}")
-        self.bar = progress(total=self.args.total_timesteps, initial=step, unit="step")
+        self.bar = tqdm(total=self.args.total_timesteps, initial=step, unit="step")
 
     def record(self, values):
         """Adds to the means of the next row."""

@@ -76,8 +76,11 @@ def main(args):
         rows += demonstrate(env, seed, args.demo_noise)
     names = ["observations", "actions", "rewards", "terminals", "timeouts"]
     names += ["next_observations", "success"]
-    arrays = [np.array(column, np.float32) for column in zip(*rows, strict=True)]
-    columns = dict(zip(names, arrays, strict=True))
+    columns = {}
+    for name, column in zip(names, zip(*rows, strict=True), strict=True):
+        array = np.array(column)
+        image = array.dtype == np.uint8
+        columns[name] = array if image else array.astype(np.float32)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(args.out, **columns)
     ends = columns["terminals"] + columns["timeouts"] > 0

@@ -46,6 +46,15 @@ class Actor(torch.nn.Module):
         return self.actor(obs, deterministic=True)
 
 
+class NoCritic:
+    """poco.evaluate wants critics; SAC acts without."""
+    def encode(self, obs):
+        return obs
+
+    def __call__(self, features, chunk):
+        return torch.zeros(1, len(chunk))
+
+
 class Evaluate(BaseCallback):
     """Learns from the demonstrations, then evaluates and writes what benchmark/run.py reads."""
     def __init__(self, args, folder):
@@ -71,7 +80,7 @@ class Evaluate(BaseCallback):
         policy = Actor(self.model)
         drawn = np.random.get_state()
         with torch.random.fork_rng():  # poco.evaluate seeds, and its environments seed NumPy
-            values = poco.evaluate(policy, None, self.args, self.folder, f"step {step}")
+            values = poco.evaluate(policy, NoCritic(), self.args, self.folder, f"step {step}")
         np.random.set_state(drawn)
         row = {"global_step": step, "seconds": time.time() - self.start_time}
         self.rows.append(row | values)

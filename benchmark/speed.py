@@ -27,7 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ogpo
 import poco
 
-OBS_SPACE = gym.spaces.Box(-np.inf, np.inf, (28,), np.float64)  # of FetchPickAndPlace
+VECTOR = gym.spaces.Box(-np.inf, np.inf, (28,), np.float64)  # of FetchPickAndPlace
+IMAGE = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+CAMERAS = gym.spaces.Dict({"front": IMAGE, "side": IMAGE, "state": VECTOR})
 ACTION_DIM = 4
 PAPER = {"hidden_dim": 512, "flow_steps": 10, "gamma": 0.99}
 SIZES = {
@@ -35,6 +37,8 @@ SIZES = {
     "POCO, the paper's size": poco.Args(num_candidates=32, posterior_batch_size=256, **PAPER),
     "OGPO, the defaults": ogpo.Args(gamma=0.96),
     "OGPO, the paper's size": ogpo.Args(group_size=32, ppo_batch_size=256, num_critics=10, **PAPER),
+    "POCO, two cameras, batch 64": poco.Args(gamma=0.96, batch_size=64),
+    "OGPO, two cameras, batch 64": ogpo.Args(gamma=0.96, batch_size=64),
 }
 CHECKED = poco.Args(  # a rate at which a wrong update shows at once
     bf16=False,
@@ -55,11 +59,11 @@ class Args:
 # Updates
 class Learner:
     """Networks, optimisers and a random batch for the updates of either script."""
-    def __init__(self, args, device="cpu"):
+    def __init__(self, args, device="cpu", obs_space=VECTOR):
         torch.manual_seed(0)
         self.args = args
         self.script = ogpo if isinstance(args, ogpo.Args) else poco
-        policy, critic = self.script.make_networks(args, OBS_SPACE, ACTION_DIM)
+        policy, critic = self.script.make_networks(args, obs_space, ACTION_DIM)
         for network in (policy, critic):
             network.encode.mean.fill_(0.1)
             network.encode.std.fill_(2)
@@ -70,7 +74,7 @@ class Learner:
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
         self.policy_optimizer = adam(policy.parameters())
         self.critic_optimizer = adam(critic.parameters())
-        self.batch = random_batch(args, device)
+        self.batch = random_batch(args, device, obs_space)
         self.actors = (policy,)
         self.batches = [self.batch]
         if self.script is ogpo:
@@ -85,15 +89,19 @@ class Learner:
         return metrics | self.script.update_policy(*parts, *self.batches, self.args)
 
 
-def random_batch(args, device):
+def random_batch(args, device, obs_space):
     """Windows as of a replay buffer, some of them cut short by their episode's end."""
     batch_size = args.batch_size
+    layout = poco.Layout(obs_space)
+    obs_space.seed(0)
+    rows = [layout.pack(obs_space.sample()) for _ in range(2 * batch_size)]
+    obs, next_obs = torch.from_numpy(np.array(rows)).chunk(2)
     left = torch.randint(1, 6, (batch_size, 1))
     batch = poco.Batch(
-        obs=torch.randn(batch_size, *OBS_SPACE.shape, dtype=torch.float64),
+        obs=obs,
         chunk=torch.empty(batch_size, args.chunk_size * ACTION_DIM).uniform_(-1, 1),
         reward=-torch.rand(batch_size),
-        next_obs=torch.randn(batch_size, *OBS_SPACE.shape, dtype=torch.float64),
+        next_obs=next_obs,
         terminated=(left[:, 0] == 1).float(),
         kept=(torch.rand(batch_size) < 0.7).float(),
         valid=(torch.arange(args.chunk_size) < left).float(),
@@ -158,11 +166,12 @@ def matmul_flops(learner):
 
 def time_size(name, device, rate, rounds, twin):
     """Prints the times of an update and their ratios."""
-    learner = Learner(SIZES[name], device)
+    obs_space = CAMERAS if "cameras" in name else VECTOR
+    learner = Learner(SIZES[name], device, obs_space)
     flops = matmul_flops(learner)
     limit = flops / rate
     calls = {"torch": learner.update}
-    if twin and learner.script is poco:
+    if twin and learner.script is poco and obs_space is VECTOR:
         calls["JAX"] = twin.Twin(learner).step
     times = median_seconds(calls, rounds)
     print(f"\n{name}: {flops / 1e9:.2f} GFLOP an update, limit {1e3 * limit:.2f} ms")
