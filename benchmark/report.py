@@ -7,7 +7,7 @@
 import csv
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,18 +72,22 @@ def order(key):
 
 
 def take_changes(results):
-    """Takes the methods with one other number, method+option=value, out of the results, if method
-    is there and the default is no 0, which a logarithmic axis does not have.
+    """Takes the methods with one other number, method+option=value, out of the results, if there
+    are several values, method is there, and the default is no 0, which a logarithmic axis lacks.
     Returns: by task, method and option, (value, the seeds' success at its end), the default
     first."""
     changes = {}
     for task, methods in results.items():
+        single = [name for name in methods if name.count("+") == 1]
+        values = Counter(name.partition("=")[0] for name in single)
         for name in list(methods):
+            if name not in single or values[name.partition("=")[0]] < 2:
+                continue
             method, _, change = name.partition("+")
             option, _, value = change.partition("=")
             default = DEFAULTS.get(option.replace("-", "_"))
             numeric = isinstance(default, float | int) and default != 0
-            if not numeric or "+" in value or method not in methods:
+            if not numeric or method not in methods:
                 continue
             runs = methods.pop(name)
             base = methods[method][: len(runs)]  # the same seeds
