@@ -155,7 +155,7 @@ class Job:
                 return None
             command = self.command()
             print("\n$", *command, file=log, flush=True)
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            env = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "60"}
             return subprocess.Popen(command, cwd=self.folder, env=env, stdout=log, stderr=log)
 
     def error(self, process):
