@@ -744,11 +744,10 @@ def fit_reward_scale(critic, target_critic, buffer):
 class Environment:
     """A Gymnasium environment with rows as observations, actions in [-1, 1], its episode so far,
     and what is left of its chunk. Episodes have the seeds first_seed, first_seed + 1, ..."""
-    def __init__(self, args, first_seed, videos=None):
+    def __init__(self, args, first_seed, videos=None, **options):
         self.name = args.env_id
         self.success_at = args.success_at
         with explained(f"{self.name} cannot be used"):
-            options = {"render_mode": "rgb_array"} if videos else {}
             env = gym.make(self.name, disable_env_checker=True, **options)
             self.box = env.action_space
             require(isinstance(self.box, gym.spaces.Box), f"actions are no Box, but {self.box}")
@@ -835,8 +834,10 @@ def mean_success(episodes):
 def evaluate(policy, critic, args, folder, title):
     """Runs episodes of the seeds 0, 1, ... with the best of n. Returns: metrics."""
     title = f"{title}, best of {args.best_of_n}"
-    videos = folder / "videos" / title if args.capture_video else None
-    env = Environment(args, first_seed=0, videos=videos)
+    options = {}
+    if args.capture_video:
+        options = {"render_mode": "rgb_array", "videos": folder / "videos" / title}
+    env = Environment(args, first_seed=0, **options)
     torch.manual_seed(0)
     episodes = []
     while env.seed < args.eval_episodes:
@@ -847,8 +848,7 @@ def evaluate(policy, critic, args, folder, title):
     require(episodes, f"{args.env_id}: no episode of the evaluation is usable")
 
     success = mean_success(episodes)
-    returns = [episode.rewards.sum() for episode in episodes]
-    mean_return = float(np.mean(returns))
+    mean_return = float(np.mean([episode.rewards.sum() for episode in episodes]))
     result = f"success {success:.2f}, mean return {mean_return:.1f}"
     tqdm.write(f"{title}: {result}, {len(episodes)} episodes")
     return {"eval/success": success, "eval/return": mean_return}
