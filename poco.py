@@ -511,11 +511,11 @@ class Layout:
         sample = torch.arange(len(rows))[:, None, None]
         for image in images:
             height, width = image.shape[2:4]
-            down, right = torch.randint(-4, 5, (2, len(rows), 1, 1))
-            y = torch.arange(height)[:, None] + down  # (B, H, 1)
-            x = torch.arange(width) + right  # (B, 1, W)
+            dy, dx = torch.randint(-4, 5, (2, len(rows), 1, 1))
+            y = torch.arange(height)[:, None] + dy  # (B, H, 1)
+            x = torch.arange(width) + dx  # (B, 1, W)
             shifted = image[sample, :, y.clamp(0, height - 1), x.clamp(0, width - 1)]
-            image.copy_(shifted.movedim(3, 1))
+            image.copy_(shifted.movedim(3, 1))  # from (B, H, W, frames, C)
         return rows
 
 
@@ -628,7 +628,7 @@ def fit_statistics(networks, buffer):
     jitter = std < 1e-4 * std[~constant].median()
     std[constant | jitter] = 1
     for module in nn.ModuleList(networks.values()).modules():
-        if isinstance(module, Encoder) and not module.mean.any():
+        if isinstance(module, Encoder) and not module.mean.any():  # a policy file brings its own
             module.mean.copy_(obs.mean(0))
             module.std.copy_(std)
 
@@ -636,7 +636,7 @@ def fit_statistics(networks, buffer):
 def fit_reward_scale(critic, target_critic, buffer):
     """Sets the critics' reward scale by the first rewards there are, and keeps it."""
     if critic.reward_scale == 0:
-        largest = buffer.steps[:, -4].abs().max()
+        largest = buffer.steps[:, -4].abs().max()  # of the rewards
         scale = (1 / largest).nan_to_num(posinf=0.0)
         critic.reward_scale.copy_(scale)
         target_critic.reward_scale.copy_(scale)

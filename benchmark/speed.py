@@ -72,8 +72,8 @@ class Learner:
         self.critic = critic.to(device)
         self.target_critic = copy.deepcopy(critic)
         adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
-        self.policy_optimizer = adam(policy.parameters())
-        self.critic_optimizer = adam(critic.parameters())
+        self.actor_optimizer = adam(policy.parameters())
+        self.q_optimizer = adam(critic.parameters())
         self.batch = random_batch(args, device, obs_space)
         self.actors = (policy,)
         self.batches = [self.batch]
@@ -84,8 +84,8 @@ class Learner:
     def update(self):
         """One of the critics, then one of the policy. Returns: metrics."""
         networks = (self.policy, self.critic, self.target_critic)
-        metrics = self.script.update_critic(*networks, self.critic_optimizer, self.batch, self.args)
-        parts = (*self.actors, self.target_critic, self.policy_optimizer)
+        metrics = self.script.update_critic(*networks, self.q_optimizer, self.batch, self.args)
+        parts = (*self.actors, self.target_critic, self.actor_optimizer)
         return metrics | self.script.update_policy(*parts, *self.batches, self.args)
 
 
