@@ -508,14 +508,15 @@ class Layout:
     def shift(self, rows):
         """Moves each image by up to 4 pixels, its border repeated (DrQ-v2, arXiv 2107.09645)."""
         _, images = self.split(rows)
-        sample = torch.arange(len(rows))[:, None, None]
         for image in images:
             height, width = image.shape[2:4]
             dy, dx = torch.randint(-4, 5, (2, len(rows), 1, 1))
             y = torch.arange(height)[:, None] + dy  # (B, H, 1)
             x = torch.arange(width) + dx  # (B, 1, W)
-            shifted = image[sample, :, y.clamp(0, height - 1), x.clamp(0, width - 1)]
-            image.copy_(shifted.movedim(3, 1))  # from (B, H, W, frames, C)
+            source = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)  # (B, H, W)
+            source = source.view(-1, 1, height * width, 1).to(rows.device)
+            pixels = image.flatten(2, 3)  # (B, frames, H * W, C)
+            pixels.copy_(pixels.gather(2, source.expand_as(pixels)))
         return rows
 
 
@@ -600,8 +601,7 @@ class ReplayBuffer:
         after = (start + valid.sum(1).long()) % self.capacity
         obs = self.layout.shift(self.obs[start])
         next_obs = self.layout.shift(self.obs[after])
-        kept = kept[:, 0, 0]
-        return Batch(obs, chunk.flatten(1), reward, next_obs, terminated, kept, valid)
+        return Batch(obs, chunk.flatten(1), reward, next_obs, terminated, kept[:, 0, 0], valid)
 
     def state_dict(self):
         return {
