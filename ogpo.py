@@ -6,7 +6,7 @@
 
 The method ends with `train`. The machinery follows, first `Batch`, which the updates take.
 Shapes: B batch, O observation, F features, A action, T chunk_size, D = T * A, K flow_steps,
-G chains of a group, M critics, S states with a group.
+n td_steps, G chains of a group, M critics, S states with a group.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Args:
     buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
+    td_steps: int | None = None  # n, steps of a TD target, at least T (default: 0.1 / (1 - gamma))
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
     policy_start: int = 6_000  # steps before the policy learns: young critics mislead it
@@ -226,15 +227,15 @@ def make_networks(args: Args, obs_space: gym.Space, action_dim: int):
 
 
 # The method
-def td_target(reward: Tensor, next_q: Tensor, terminated: Tensor, gamma, chunk_size) -> Tensor:
-    """T-step target y = sum_i gamma^i r_{t+i} + gamma^T (1 - terminated) Q(s_{t+T}, chunk').
+def td_target(reward: Tensor, next_q: Tensor, terminated: Tensor, discount: Tensor) -> Tensor:
+    """n-step target y = sum_i gamma^i r_{t+i} + gamma^n (1 - terminated) Q(s_{t+n}, chunk').
     Args: reward (B,), the discounted sum; next_q (B,), of a chunk' of the policy; terminated (B,),
-    0 for a time limit. Returns: (B,)."""
-    return reward + gamma**chunk_size * (1 - terminated) * next_q
+    0 for a time limit; discount (B,), gamma^n, n up to the episode's end. Returns: (B,)."""
+    return reward + discount * (1 - terminated) * next_q
 
 
 def critic_loss(q: Tensor, target: Tensor, has_target: Tensor) -> Tensor:
-    """Squared TD error, 0 for windows that a time limit or an evaluation cut short.
+    """Squared TD error, 0 for chunks that a time limit or an evaluation cut short.
     Args: q (M, B), target (B,), has_target (B,), 1 or 0. Returns: a scalar."""
     error = (q - target) ** 2 * has_target
     count = has_target.sum().clamp(min=1)
@@ -333,7 +334,7 @@ def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: 
         next_q = target_critic(critic_features, next_chunk).mean(0)  # (B * n,), the critics' mean
         next_q = next_q.view(-1, n).mean(1)  # (B,), Q-variance reduction
         reward = critic.reward_scale * batch.reward
-        target = td_target(reward, next_q, batch.terminated, args.gamma, args.chunk_size)
+        target = td_target(reward, next_q, batch.terminated, batch.discount)
 
     with mixed_precision(args, device):
         q = critic(critic.encode(batch.obs), batch.chunk)  # (M, B)
@@ -430,9 +431,11 @@ def train(args: Args, make_networks=make_networks):
     env.set_chunk(torch.zeros(env.action_dim))  # what fails, fails before the cloning
     env.step()
     env.close()
-    if args.gamma is None:  # 0.96 for 50 steps, 0.99 for 200 and more
-        gamma = np.clip(1 - 2 / env.limit, 0.5, 0.99)
-        args = replace(args, gamma=float(gamma))
+    gamma = float(np.clip(1 - 2 / env.limit, 0.5, 0.99))  # 0.96 for 50 steps, 0.99 from 200 on
+    args = replace(args, gamma=args.gamma or gamma)
+    # Q of the policy's own chunks is too high, and every bootstrap adds that to the target
+    td_steps = args.td_steps or round(0.1 / max(1 - args.gamma, 0.01))
+    args = replace(args, td_steps=max(td_steps, args.chunk_size))
     demos = load_demonstrations(args, env)
     torch.manual_seed(args.seed)
     if args.policy and not args.resume:
@@ -629,14 +632,15 @@ class Trajectory(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Windows of T steps, each within one episode."""
+    """Windows of n steps, each within one episode. The first T of them are the chunk."""
     obs: Tensor  # (B, O)
     chunk: Tensor  # (B, D), filled with another window's actions where not valid
     reward: Tensor  # (B,) sum_i gamma^i r_{t+i} over the valid steps
     next_obs: Tensor  # (B, O) after the last valid step
-    terminated: Tensor  # (B,) 1 if that step terminated
+    discount: Tensor  # (B,) gamma to the power of the valid steps
+    terminated: Tensor  # (B,) 1 if the last of them terminated
     kept: Tensor  # (B,) 0 if the episode is reported to have failed, else 1
-    valid: Tensor  # (B, T) 1 up to the episode's end
+    valid: Tensor  # (B, T) 1 up to the episode's end, of the chunk
 
 
 class ReplayBuffer:
@@ -645,6 +649,7 @@ class ReplayBuffer:
     def __init__(self, args, env, capacity, device="cpu"):
         self.capacity = capacity
         self.chunk_size = args.chunk_size
+        self.td_steps = args.td_steps
         self.gamma = args.gamma
         self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, terminates, kept, steps left
         self.layout = env.layout
@@ -684,22 +689,26 @@ class ReplayBuffer:
         device = self.obs.device
         starts = self.starts()
         start = starts[torch.randint(len(starts), (batch_size,), device=device)]
-        i = torch.arange(self.chunk_size, device=device)
+        i = torch.arange(self.td_steps, device=device)
         rows = (start[:, None] + i) % self.capacity
-        steps = self.steps[rows]  # (B, T, A + 4)
+        steps = self.steps[rows]  # (B, n, A + 4)
         actions, rewards, terminates, kept, left = steps.split(self.widths, dim=2)
         left = left[:, 0]  # (B, 1)
-        valid = (i < left).float()  # (B, T)
-        filler = actions.roll(1, dims=0)  # of another window: Q must not depend on them
-        chunk = torch.where(valid[..., None] > 0, actions, filler)
-        discount = valid * self.gamma**i
-        reward = (rewards[..., 0] * discount).sum(1)
-        reaches_end = left[:, 0] <= self.chunk_size
+        valid = (i < left).float()  # (B, n)
+        reward = (rewards[..., 0] * valid * self.gamma**i).sum(1)
+        reaches_end = left[:, 0] <= self.td_steps
         terminated = terminates[:, 0, 0] * reaches_end
-        after = (start + valid.sum(1).long()) % self.capacity
+        num_steps = valid.sum(1)
+        discount = self.gamma**num_steps
+        after = (start + num_steps.long()) % self.capacity
         obs = self.layout.shift(self.obs[start])
         next_obs = self.layout.shift(self.obs[after])
-        return Batch(obs, chunk.flatten(1), reward, next_obs, terminated, kept[:, 0, 0], valid)
+
+        filler = actions.roll(1, dims=0)  # of another window: Q must not depend on them
+        chunk = torch.where(valid[..., None] > 0, actions, filler)
+        chunk = chunk[:, : self.chunk_size].flatten(1)
+        valid = valid[:, : self.chunk_size]
+        return Batch(obs, chunk, reward, next_obs, discount, terminated, kept[:, 0, 0], valid)
 
     def state_dict(self):
         return {

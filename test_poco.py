@@ -48,7 +48,7 @@ def prepared(tmp_path, monkeypatch):
 OWN = {"METHOD", "Args", "MAY_BE_ZERO", "AT_LEAST_2", "AT_MOST_1", "update_critic", "update_policy"}
 OWN |= {"train", "posterior_weights", "adaptive_temperature", "poco_loss", "chain_step"}
 OWN |= {"sample_chain", "chain_log_prob", "group_advantage", "chi2_penalised_q", "ppo_loss"}
-LIMITS = {poco: (1089, 438), ogpo: (1187, 536)}  # lines, last line of train
+LIMITS = {poco: (1098, 441), ogpo: (1196, 539)}  # lines, last line of train
 
 
 def test_what_both_scripts_share_is_identical_to_the_letter():
@@ -91,9 +91,9 @@ def test_a_file_can_be_read_in_one_sitting():
         assert len(lines) <= longest.get(path.name, 2000), path
 
 
-def make_buffer(capacity, obs_dim, action_dim, chunk_size, gamma=0.9, dtype=np.float32):
+def make_buffer(capacity, obs_dim, action_dim, chunk_size, td_steps=3, gamma=0.9, dtype=np.float32):
     env = types.SimpleNamespace(layout=Layout(Box(0, 255, (obs_dim,), dtype)), action_dim=action_dim)
-    return ReplayBuffer(Args(chunk_size=chunk_size, gamma=gamma), env, capacity)
+    return ReplayBuffer(Args(chunk_size=chunk_size, td_steps=td_steps, gamma=gamma), env, capacity)
 
 
 def new_policy(obs_dim, *settings, **named):
@@ -231,11 +231,11 @@ def test_critic_loss_leaves_out_what_a_time_limit_cut_short():
     assert poco.critic_loss(q, target, torch.zeros(2)) == 0  # none: no NaN
 
 
-@pytest.mark.parametrize(("terminated", "n", "chunk_size"), [(True, 7, 5), (True, 4, 2), (False, 10, 2)])
-def test_critic_converges_to_the_values_of_a_small_mdp(terminated, n, chunk_size):
+@pytest.mark.parametrize("terminated, n, chunk_size, td_steps", [(1, 7, 5, 6), (1, 4, 2, 2), (0, 10, 2, 3)])
+def test_critic_converges_to_the_values_of_a_small_mdp(terminated, n, chunk_size, td_steps):
     """A row of states whose last step is worth 1, with an end; or a ring of four, with a time limit."""
     gamma, length = 0.9, n if terminated else 4
-    buffer = make_buffer(100, 8, 1, chunk_size, gamma)
+    buffer = make_buffer(100, 8, 1, chunk_size, td_steps, gamma)
     rewards, state = 1.0 * (np.arange(n) % length == length - 1), np.arange(n + 1) % (length + terminated)
     buffer.add(Trajectory(np.eye(8)[state], np.ones((n, 1)), rewards, terminated, 1.0))
     args = Args(chunk_size=chunk_size, gamma=gamma, tau=0.05)
@@ -287,7 +287,7 @@ def random_batch(n, obs_dim, action_dim, chunk_size):
     obs, next_obs = torch.randn(2, n, obs_dim)
     chunk = torch.rand(n, chunk_size * action_dim) * 2 - 1
     kept = (torch.arange(n) % 3 > 0).float()
-    return Batch(obs, chunk, torch.randn(n), next_obs, torch.zeros(n), kept, valid)
+    return Batch(obs, chunk, torch.randn(n), next_obs, torch.rand(n), torch.zeros(n), kept, valid)
 
 
 FIXED = {"temperature": 0.2, "clip_threshold": 0.9, "posterior_coef": 0.5, "anchor": "all"}
@@ -499,8 +499,8 @@ def test_next_chunk_samples_average_the_td_target(n):
     critic.weight.data, target.weight.data = torch.zeros(1, 1), torch.ones(1, 1)
     policy = mock.Mock(encode=lambda obs: obs, sample=lambda obs: torch.randn(len(obs), 1))
     zeros, column, optimizer = torch.zeros(4000), torch.zeros(4000, 1), torch.optim.SGD(critic.parameters())
-    batch = Batch(column, column, zeros, column, zeros, zeros, 1 + column)
-    args = ogpo.Args(next_samples=n, chunk_size=1, gamma=1.0)
+    batch = Batch(column, column, zeros, column, zeros + 1, zeros, zeros, 1 + column)
+    args = ogpo.Args(next_samples=n, chunk_size=1)
     metrics = ogpo.update_critic(policy, critic, target, optimizer, batch, args)
     assert metrics["losses/qf_loss"].item() == pytest.approx(1 / n, rel=0.1)
 
@@ -516,7 +516,7 @@ def test_td_target_and_windows_on_a_hand_made_episode(terminated):
     starts = drawn.obs[:, 0].tolist()
     assert set(starts) == {0, 1, 2, 3}
     batch = Batch(*(column[[starts.index(i) for i in range(4)]] for column in drawn))
-    target = poco.td_target(batch.reward, 100 + batch.next_obs[:, 0], batch.terminated, 0.9, 3)
+    target = poco.td_target(batch.reward, 100 + batch.next_obs[:, 0], batch.terminated, batch.discount)
     inside, beyond = 1 + 0.9 * 2 + 0.81 * 4 + 0.729 * 103, 0 if terminated else 0.729 * 104
     assert target[:2].tolist() == pytest.approx([inside, 2 + 0.9 * 4 + 0.81 * 8 + beyond], rel=1e-6)
     assert batch.terminated.tolist() == [0, terminated, terminated, terminated]
@@ -533,22 +533,25 @@ def numbered_episode(episode, n):
     return Trajectory(obs, (obs[:-1] @ [100, 1])[:, None], np.ones(n), episode % 2 == 0, 0.0)
 
 
+@pytest.mark.parametrize("td_steps", [4, 9])
 @pytest.mark.parametrize("capacity", [1000, 37, 5])
-def test_buffer_never_mixes_episodes(capacity):
-    """Windows are runs of one episode, of the newest rows."""
+def test_buffer_never_mixes_episodes(capacity, td_steps):
+    """Windows are runs of one episode, of the newest rows; chunks are their first 4 steps."""
     lengths = np.random.default_rng(0).integers(1, 12, 60).tolist()
-    buffer, written = make_buffer(capacity, 2, 1, chunk_size=4), []
+    buffer, written = make_buffer(capacity, 2, 1, 4, td_steps), []
     for episode, n in enumerate(lengths):
         buffer.add(numbered_episode(episode, n))
         written += [(episode, step) for step in range(n + 1)]
         rows = set(written[-capacity:])
-        for obs, chunk, _, next_obs, terminated, _, valid in zip(*buffer.sample(300), strict=True):
+        for obs, chunk, reward, next_obs, discount, terminated, _, valid in zip(*buffer.sample(300)):
             e, step = obs.int().tolist()
-            k = min(4, lengths[e] - step)
+            n = min(td_steps, lengths[e] - step)
+            k = min(4, n)
             assert (e, step) in rows and valid.tolist() == [1] * k + [0] * (4 - k)
             assert chunk.tolist()[:k] == [e * 100 + step + i for i in range(k)]
-            assert next_obs.tolist() == [e, step + k]
-            assert terminated == (e % 2 == 0 and step + k == lengths[e])
+            assert next_obs.tolist() == [e, step + n]
+            assert [reward, discount] == pytest.approx([(1 - 0.9**n) / (1 - 0.9), 0.9**n], rel=1e-5)
+            assert terminated == (e % 2 == 0 and step + n == lengths[e])
         assert len(buffer) == sum(step < lengths[e] for e, step in rows)
 
 
@@ -1064,7 +1067,7 @@ BAD_INPUT = {
 WRONG = ["--effective-samples 2", f"--buffer-size {10**22}", "--tau 1.5", "--eval-interval 0", "--num-envs 0"]
 WRONG += ["--num-candidates 1", "--temperature nan", "--temperature 0", "--gamma 1.5", "--num-demos 0"]
 WRONG += ["--batch-size 0", "--clip-threshold 0", "ogpo --policy-tau 2", "ogpo --success-coef -1"]
-WRONG += ["ogpo --group-size 1", "ogpo --sigma 0"]
+WRONG += ["ogpo --group-size 1", "ogpo --sigma 0", "--td-steps 0"]
 BAD_INPUT |= {typed: typed.split()[-2] for typed in WRONG}
 
 

@@ -125,7 +125,7 @@ class Twin:
         # the critics
         next_chunk = sample(state["policy"], next_features, draws["next_noise"], args.flow_steps)
         next_q = q_of(state["target_critic"], next_features, next_chunk).mean(0)
-        discount = args.gamma**args.chunk_size * (1 - batch.terminated)
+        discount = batch.discount * (1 - batch.terminated)
         target = self.reward_scale * batch.reward + discount * next_q
 
         def critic_loss(critic):

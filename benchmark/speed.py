@@ -102,6 +102,7 @@ def random_batch(args, device, obs_space):
         chunk=torch.empty(batch_size, args.chunk_size * ACTION_DIM).uniform_(-1, 1),
         reward=-torch.rand(batch_size),
         next_obs=next_obs,
+        discount=torch.full((batch_size,), 0.9),
         terminated=(left[:, 0] == 1).float(),
         kept=(torch.rand(batch_size) < 0.7).float(),
         valid=(torch.arange(args.chunk_size) < left).float(),
