@@ -6,7 +6,7 @@
 
 The method ends with `train`. The machinery follows, first `Batch`, which the updates take.
 Shapes: B batch, O observation, F features, A action, T chunk_size, D = T * A, K flow_steps,
-n td_steps, G chains of a group, M critics, S states with a group.
+n steps of a TD target, here T, G chains of a group, M critics, S states with a group.
 """
 
 from __future__ import annotations
@@ -75,7 +75,6 @@ class Args:
     buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
-    td_steps: int | None = None  # n, steps of a TD target, at least T (default: 0.1 / (1 - gamma))
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
     policy_start: int = 6_000  # steps before the policy learns: young critics mislead it
@@ -433,9 +432,6 @@ def train(args: Args, make_networks=make_networks):
     env.close()
     gamma = float(np.clip(1 - 2 / env.limit, 0.5, 0.99))  # 0.96 for 50 steps, 0.99 from 200 on
     args = replace(args, gamma=args.gamma or gamma)
-    # Q of the policy's own chunks is too high, and every bootstrap adds that to the target
-    td_steps = args.td_steps or round(0.1 / max(1 - args.gamma, 0.01))
-    args = replace(args, td_steps=max(td_steps, args.chunk_size))
     demos = load_demonstrations(args, env)
     torch.manual_seed(args.seed)
     if args.policy and not args.resume:
@@ -646,10 +642,10 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """A ring of rows, one for each observation, with the dtype of its layout. The next observation
     is the next row's; the one at an episode's end has a row to itself, where no window starts."""
-    def __init__(self, args, env, capacity, device="cpu"):
+    def __init__(self, args, env, capacity, device="cpu", td_steps=None):
         self.capacity = capacity
         self.chunk_size = args.chunk_size
-        self.td_steps = args.td_steps
+        self.td_steps = td_steps or args.chunk_size
         self.gamma = args.gamma
         self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, terminates, kept, steps left
         self.layout = env.layout

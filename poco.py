@@ -75,11 +75,11 @@ class Args:
     buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
-    td_steps: int | None = None  # n, steps of a TD target, at least T (default: 0.1 / (1 - gamma))
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
     policy_start: int = 6_000  # steps before the policy learns: young critics mislead it
     # POCO
+    td_steps: int | None = None  # n, steps of a TD target, at least T (default: 0.1 / (1 - gamma))
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # S, states of a batch that get an E-step
     effective_samples: float = 0.3  # share of N that the weights keep; smaller is sharper
@@ -367,7 +367,7 @@ def train(args: Args, make_networks=make_networks):
     actor_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     q_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     num_rows = sum(len(demo.obs) for demo in demos)
-    buffer = ReplayBuffer(args, env, num_rows + args.buffer_size, device)
+    buffer = ReplayBuffer(args, env, num_rows + args.buffer_size, device, args.td_steps)
     for demo in demos:
         buffer.add(demo._replace(success=1.0))  # all are worth cloning
 
@@ -548,10 +548,10 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """A ring of rows, one for each observation, with the dtype of its layout. The next observation
     is the next row's; the one at an episode's end has a row to itself, where no window starts."""
-    def __init__(self, args, env, capacity, device="cpu"):
+    def __init__(self, args, env, capacity, device="cpu", td_steps=None):
         self.capacity = capacity
         self.chunk_size = args.chunk_size
-        self.td_steps = args.td_steps
+        self.td_steps = td_steps or args.chunk_size
         self.gamma = args.gamma
         self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, terminates, kept, steps left
         self.layout = env.layout

@@ -35,8 +35,7 @@ METAWORLD = "--env-id benchmark.metaworld_tasks"
 ROBOSUITE = "--env-id benchmark.robosuite_tasks"
 CAMERA = "--env-id benchmark.camera_tasks"
 # small batches, because an update with images is slow; a small discount for the dense reward
-REACH = "--num-demos 15 --batch-size 64 --bc-steps 3000 --critic-warmup 500 --gamma 0.8"
-REACH += " --eval-episodes 50"
+REACH = "--batch-size 64 --bc-steps 3000 --critic-warmup 500 --gamma 0.8 --eval-episodes 50"
 TASKS = {  # what to type for them, paths absolute; benchmark/README.md says how to make the data
     "pick-and-place": "--env-id FetchPickAndPlace-v4 --num-demos 20",
     "push": "--env-id FetchPush-v4 --num-demos 50",
@@ -49,8 +48,12 @@ TASKS = {  # what to type for them, paths absolute; benchmark/README.md says how
     "lift": f"{ROBOSUITE}:Lift-v0 {DATA}/lift.npz --eval-episodes 50",
     "can": f"{ROBOSUITE}:Can-v0 {DATA}/can.npz --eval-episodes 50",
     "can-few": f"{ROBOSUITE}:Can-v0 {DATA}/can.npz --num-demos 10 --eval-episodes 50",
-    "reach-camera": f"{CAMERA}:FetchReachCamera-v0 {DATA}/reach-camera.npz {REACH}",
-    "reach-vectors": f"{CAMERA}:FetchReachVectors-v0 {DATA}/reach-vectors.npz {REACH}",
+    "square": f"{ROBOSUITE}:Square-v0 {DATA}/square.npz --eval-episodes 50",
+    "reach-camera": f"{CAMERA}:FetchReachCamera-v0 {DATA}/reach-camera.npz {REACH} --num-demos 15",
+    "reach-camera-few": f"{CAMERA}:FetchReachCamera-v0 {DATA}/reach-camera.npz {REACH}"
+    " --num-demos 10",
+    "reach-vectors": f"{CAMERA}:FetchReachVectors-v0 {DATA}/reach-vectors.npz {REACH}"
+    " --num-demos 15",
     "reach-from-nothing": "--env-id FetchReach-v4 --dataset none",
     "drawer-open-from-nothing": f"{METAWORLD}:drawer-open-dense-v0 --dataset none",
 }
