@@ -77,7 +77,7 @@ class Args:
     gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
-    policy_start: int = 6_000  # steps before the policy learns: young critics mislead it
+    policy_start: int = 6_000  # steps in which the critics learn alone
     # OGPO
     group_size: int = 8  # G, chains per state
     ppo_batch_size: int = 32  # S, states of a batch that get a group of chains

@@ -77,7 +77,7 @@ class Args:
     gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics
-    policy_start: int = 6_000  # steps before the policy learns: young critics mislead it
+    policy_start: int = 6_000  # steps in which the critics learn alone
     # POCO
     td_steps: int | None = None  # n, steps of a TD target, at least T (default: 0.1 / (1 - gamma))
     num_candidates: int = 16  # N, chunks per state in the E-step
