@@ -71,7 +71,7 @@ class Args:
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
     critic_warmup: int = 1_000  # updates of the critics alone, after cloning
     # online phase
-    total_timesteps: int = 10_000  # online environment steps
+    total_timesteps: int = 15_000  # online environment steps
     buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
@@ -92,7 +92,7 @@ class Args:
     chi2_tau: float = 5e-4  # Polyak rate of the slow policy
     next_samples: int = 1  # chunks per next state, over which the TD target averages Q
     # evaluation
-    eval_interval: int = 2_500  # steps between evaluations; an episode is cut off there
+    eval_interval: int = 5_000  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
     evaluate: Path | None = None  # evaluate this policy file instead of training
     capture_video: bool = False  # record episodes 0, 1, 8, 27, ... of evaluations as MP4
