@@ -28,8 +28,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads do not spin
-
 import gymnasium as gym
 import numpy as np
 import torch
@@ -50,7 +48,7 @@ if importlib.util.find_spec("gymnasium_robotics"):  # may be missing beside robo
 class Args:
     # run
     seed: int = 1  # seed of everything random
-    torch_threads: int | None = None  # CPU threads (default: torch's choice, but at most 4)
+    torch_threads: int = 1  # CPU threads; more pay for wide networks and images
     bf16: bool = True  # bfloat16 in the updates if the hardware has it; never in cloning
     log_interval: int = 500  # steps between rows of metrics.csv
     resume: Path | None = None  # go on with the run in this folder
@@ -1082,7 +1080,7 @@ def main(make_networks=make_networks):
                 before = getattr(saved, name)
                 require(getattr(args, name) == before, f"--resume: {name} must stay {before}.")
         check(args)
-        torch.set_num_threads(args.torch_threads or min(4, torch.get_num_threads()))
+        torch.set_num_threads(args.torch_threads)
         if not args.evaluate:
             return train(args, make_networks)
         _, policy, critic = load_policy(args.evaluate, args, make_networks)
