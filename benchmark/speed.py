@@ -10,12 +10,15 @@ machine to it: threads that wait for a busy core spoil every number.
 
 import copy
 import math
+import os
 import statistics
 import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads would slow JAX
 
 import gymnasium as gym
 import numpy as np
