@@ -296,7 +296,7 @@ FIXED = {"temperature": 0.2, "clip_threshold": 0.9, "posterior_coef": 0.5, "anch
 @pytest.mark.parametrize("settings", [{}, FIXED])
 def test_poco_s_update_as_a_whole(settings):
     """Also of bc_loss and sample: the random numbers drawn again in their order, all else in NumPy."""
-    args = Args(num_candidates=4, posterior_batch_size=3, chunk_size=2, flow_steps=3, **settings)
+    args = Args(bf16=False, num_candidates=4, posterior_batch_size=3, flow_steps=3, **settings)
     policy, critic, batch = new_policy(3, 4, flow_steps=3), new_critic(3, 4, 2), random_batch(8, 3, 2, 2)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     torch.manual_seed(5)
@@ -452,7 +452,7 @@ def test_ppo_loss_is_the_clipped_surrogate_and_its_gradient_ends_at_the_clip():
 @pytest.mark.parametrize("settings", [{}, {"conservative": False, "chi2_coef": 0.3, "success_coef": 0.5}])
 def test_ogpo_s_update_as_a_whole(settings):
     """The random numbers drawn again in their order, everything else in NumPy."""
-    args = ogpo.Args(group_size=4, ppo_batch_size=3, chunk_size=2, flow_steps=3, sigma=0.8, **settings)
+    args = ogpo.Args(bf16=False, group_size=4, ppo_batch_size=3, sigma=0.8, **settings)
     policy, critic = new_policy(3, 4, flow_steps=3), new_critic(3, 4, args.num_critics)
     actors = (policy, copy.deepcopy(policy), copy.deepcopy(policy))
     for parameter in [*actors[1].parameters(), *actors[2].parameters()]:
