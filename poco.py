@@ -77,7 +77,7 @@ class Args:
     best_of_n: int = 4  # act with the best of n candidates by the target critics
     policy_start: int = 6_000  # steps in which the critics learn alone
     # POCO
-    td_steps: int | None = None  # n, steps of a TD target, at least T (default: 0.1 / (1 - gamma))
+    td_steps: int | None = None  # n, TD steps, at least T (default: 0.1 / (1 - gamma), at most 10)
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # S, states of a batch that get an E-step
     effective_samples: float = 0.3  # share of N that the weights keep; smaller is sharper
