@@ -980,7 +980,8 @@ def read_file(path):
         content = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         args = Args()
         for name, value in content["args"].items():
-            if hasattr(args, name):  # the other script's own mean nothing here
+            known = hasattr(args, name)  # the other script's own mean nothing here
+            if known and value is not None:  # None leaves today's default
                 setattr(args, name, value)
         return args, content
 
