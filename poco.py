@@ -36,8 +36,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 METHOD = "poco"
-CPU_FEATURES = torch.cpu.get_capabilities()
-CPU_BF16 = CPU_FEATURES.get("amx_bf16", False) or CPU_FEATURES.get("avx512_bf16", False)
 if importlib.util.find_spec("gymnasium_robotics"):  # may be missing beside robosuite
     with contextlib.redirect_stderr(io.StringIO()):  # hides a notice about three environments
         import gymnasium_robotics
@@ -74,7 +72,7 @@ class Args:
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
     tau: float = 0.05  # Polyak rate of the target critics
-    best_of_n: int = 4  # act with the best of n candidates by the target critics
+    best_of_n: int = 4  # act with the best of n candidates by the target critics, in training
     policy_start: int = 6_000  # steps in which the critics learn alone
     # POCO
     td_steps: int | None = None  # n, TD steps, at least T (default: 0.1 / (1 - gamma), at most 10)
@@ -88,6 +86,7 @@ class Args:
     # evaluation
     eval_interval: int = 5_000  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
+    eval_best_of_n: int = 1  # the same for evaluations; 1: the policy without critics
     evaluate: Path | None = None  # evaluate this policy file instead of training
     capture_video: bool = False  # record episodes 0, 1, 8, 27, ... of evaluations as MP4
 
@@ -394,8 +393,8 @@ def train(args: Args, make_networks=make_networks):
     if not args.resume:
         run.save(step)
     run.open(step)
-    if not run.rows:  # not yet evaluated; of single samples, as the critics are not ready
-        metrics = evaluate(policy, target_critic, replace(args, best_of_n=1), run.folder, "step 0")
+    if not run.rows:  # not yet evaluated
+        metrics = evaluate(policy, target_critic, args, run.folder, "step 0")
         run.write_row(step, metrics)
 
     # online: act, store, learn; then evaluate
@@ -741,8 +740,7 @@ def mean_success(episodes):
 
 
 def evaluate(policy, critic, args, folder, title):
-    """Runs episodes of the seeds 0, 1, ... with the best of n. Returns: metrics."""
-    title = f"{title}, best of {args.best_of_n}"
+    """Runs episodes of the seeds 0, 1, ... Returns: metrics."""
     options = {}
     if args.capture_video:
         options = {"render_mode": "rgb_array", "videos": folder / "videos" / title}
@@ -751,7 +749,7 @@ def evaluate(policy, critic, args, folder, title):
     episodes = []
     while env.seed < args.eval_episodes:
         if not env.chunk:
-            env.set_chunk(choose_chunk(policy, critic, env.obs[-1], args.best_of_n))
+            env.set_chunk(choose_chunk(policy, critic, env.obs[-1], args.eval_best_of_n))
         episodes += env.step()
     env.close()
     require(episodes, f"{args.env_id}: no episode of the evaluation is usable")
@@ -1003,7 +1001,8 @@ def load_policy(path, args=None, make_networks=make_networks):
 # Precision and optimisers
 def mixed_precision(args, device):
     """bfloat16 for matrix products, where the hardware has it."""
-    able = CPU_BF16
+    features = torch.cpu.get_capabilities()
+    able = features.get("amx_bf16", False) or features.get("avx512_bf16", False)
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16 and able)

@@ -48,7 +48,7 @@ def prepared(tmp_path, monkeypatch):
 OWN = {"METHOD", "Args", "MAY_BE_ZERO", "AT_LEAST_2", "AT_MOST_1", "update_critic", "update_policy"}
 OWN |= {"train", "posterior_weights", "adaptive_temperature", "poco_loss", "chain_step"}
 OWN |= {"sample_chain", "chain_log_prob", "group_advantage", "chi2_penalised_q", "ppo_loss"}
-LIMITS = {poco: (1097, 439), ogpo: (1191, 533)}  # lines, last line of train
+LIMITS = {poco: (1096, 438), ogpo: (1190, 532)}  # lines, last line of train
 
 
 def test_what_both_scripts_share_is_identical_to_the_letter():
@@ -671,12 +671,13 @@ def test_no_step_is_a_reset_and_an_episode_is_its_seed_s_and_starts_with_a_chunk
     assert sum(len(episode.actions) for episode in episodes + unfinished) == 200
 
 
-def test_evaluation_is_the_mean_over_its_seeds(capsys):
-    args = Args(env_id="Counting-v0", chunk_size=2, hidden_dim=16, eval_episodes=20, best_of_n=3)
+@mock.patch.object(poco, "choose_chunk", wraps=poco.choose_chunk)
+def test_evaluation_is_the_mean_over_its_seeds(chosen, capsys):
+    args = Args(env_id="Counting-v0", chunk_size=2, hidden_dim=16, eval_episodes=20, eval_best_of_n=3)
     policy, critic, episodes = new_policy(3, 4), new_critic(3, 4, 2), episodes_of("Counting-v0")
     success = poco.mean_success(episodes)
     assert 0 < poco.evaluate(policy, critic, args, Path(), "step 5")["eval/success"] == success
-    assert f"step 5, best of 3: success {success:.2f}, mean return" in capsys.readouterr().out
+    assert f"step 5: success {success:.2f}, mean" in capsys.readouterr().out and chosen.call_args.args[3] == 3
 
 
 def test_the_best_of_n_is_what_the_critics_prefer():
@@ -692,8 +693,7 @@ def test_an_episode_with_nan_is_left_out_and_named(capsys):
     lengths = [len(episode.actions) for episode in episodes_of("Counting-v0", n=30)]
     usable = [n for n in lengths if n != 7]
     assert [len(episode.actions) for episode in episodes_of("RareNan-v0", n=len(usable))] == usable
-    sentence = f"RareNan-v0: NaN or infinity in the episode of seed {lengths.index(7)}, left out"
-    assert sentence in capsys.readouterr().out
+    assert f"infinity in the episode of seed {lengths.index(7)}, left out" in capsys.readouterr().out
     assert np.isfinite(episodes_of("RareNan-v0")[0].rewards).all()
     folder = small_run(poco, env_id="RareNan-v0")
     evaluations = [float(row["eval/success"]) for row in rows_of(folder) if row["eval/success"]]
@@ -840,7 +840,7 @@ def test_a_run_writes_its_files_and_rows(script, capsys):
 @both_scripts
 def test_a_policy_file_evaluates_as_in_its_run_and_what_is_typed_counts(script, capsys):
     policy = small_run(script) / "policy.pt"
-    results = re.findall(r"step 300, best of 1: (success .*)", capsys.readouterr().out)
+    results = re.findall(r"step 300: (success .*)", capsys.readouterr().out)
     assert main(script, "--evaluate", policy) == main(script, "--evaluate", policy, "--eval-episodes", 3) == 0
     out = capsys.readouterr().out
     assert f": {results[-1]}\n" in out and "3 episodes" in out
@@ -1102,7 +1102,7 @@ def test_a_fetch_task_runs_as_readme_says():
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "demonstrations: 10 of 200, success 1.00" in out
-    results = re.findall(r", best of [14]: (success .*)", out)
+    results = re.findall(r"step \d+: (success .*)", out)
     (command,) = set(re.findall(r"python poco.py (--evaluate .*)", out))
     again, err = start(poco.__file__, *command.split()).communicate(timeout=240)
     assert len(results) == 2 and results[1] in again, err
@@ -1163,7 +1163,7 @@ def test_a_damaged_policy_file_gets_a_sentence(damage):
 def test_bfloat16_gives_nearly_the_same_update(monkeypatch):
     results, args = [], Args(chunk_size=2, num_candidates=4, gamma=0.9)
     for hardware in (False, True):
-        monkeypatch.setattr(poco, "CPU_BF16", hardware)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": hardware})
         torch.manual_seed(0)
         policy, critic, batch = new_policy(3, 4), new_critic(3, 4, 2), random_batch(64, 3, 2, 2)
         adam = [torch.optim.Adam(network.parameters(), fused=True) for network in (policy, critic)]

@@ -195,9 +195,7 @@ def main(args):
         processor = torch.cuda.get_device_name()
     print(f"{processor}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     twin = find_twin(device)
-    rates = [matmul_rate(device, torch.float32)]
-    if device == "cuda" or poco.CPU_BF16:
-        rates.append(matmul_rate(device, torch.bfloat16))
+    rates = [matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
     listed = ", in bfloat16 ".join(f"{rate / 1e9:,.0f}" for rate in rates)
     print(f"GFLOP/s of a large product in float32 {listed}; limits are at the better")
     for name in names:
