@@ -86,7 +86,7 @@ class Args:
     # evaluation
     eval_interval: int = 5_000  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
-    eval_best_of_n: int = 1  # the same for evaluations; 1: the policy without critics
+    eval_best_of_n: int = 1  # evaluate the best of n candidates; 1: the policy without critics
     evaluate: Path | None = None  # evaluate this policy file instead of training
     capture_video: bool = False  # record episodes 0, 1, 8, 27, ... of evaluations as MP4
 
