@@ -63,6 +63,7 @@ class Args:
     num_critics: int = 2  # M, members of the critic ensemble
     # offline phase
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
+    dropout: float | None = None  # in cloning (default: 0.1 below 3000 observations, then 0)
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
     critic_warmup: int = 1_000  # updates of the critics alone, after cloning
@@ -70,7 +71,7 @@ class Args:
     total_timesteps: int = 15_000  # online environment steps
     buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
-    gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
+    gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.98)
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics, in training
     policy_start: int = 6_000  # steps in which the critics learn alone
@@ -95,7 +96,8 @@ class Args:
     capture_video: bool = False  # record episodes 0, 1, 8, 27, ... of evaluations as MP4
 
 
-MAY_BE_ZERO = {"seed", "critic_warmup", "utd_ratio", "policy_start", "success_coef", "chi2_coef"}
+MAY_BE_ZERO = {"seed", "dropout", "critic_warmup", "utd_ratio", "policy_start",
+               "success_coef", "chi2_coef"}
 AT_LEAST_2 = {"batch_size", "group_size"}
 AT_MOST_1 = {"gamma", "tau", "policy_tau"}
 
@@ -147,16 +149,16 @@ def spatial_softmax(maps: Tensor) -> Tensor:
 class FlowPolicy(nn.Module):
     """Flow matching over action chunks, along straight lines from noise (t = 0) to chunk (t = 1).
     `encode` turns observations into features (B, F), once per state; the rest works on features."""
-    def __init__(self, encode: nn.Module, chunk_dim: int, hidden_dim=256, flow_steps=5):
+    def __init__(self, encode: nn.Module, chunk_dim: int, hidden_dim=256, flow_steps=5, dropout=0):
         super().__init__()
         self.chunk_dim = chunk_dim
         self.flow_steps = flow_steps
         self.encode = encode
         layers = []
         for in_dim in (encode.feature_dim + chunk_dim + 1, hidden_dim, hidden_dim):
-            layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Dropout(0.1)]
+            layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Dropout(dropout)]
         self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, chunk_dim))
-        self.eval()  # dropout is for cloning alone, which overfits few demonstrations
+        self.eval()  # dropout is for cloning alone
 
     def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The flow's velocity v(x, t, s). Args: x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
@@ -217,7 +219,8 @@ def make_networks(args: Args, obs_space: gym.Space, action_dim: int):
     """Returns: policy and critics. The updates use a policy's encode, bc_loss and sample, in OGPO
     also velocity, flow_steps and chunk_dim, and critics' encode, forward and reward_scale."""
     chunk_dim = args.chunk_size * action_dim
-    policy = FlowPolicy(Encoder(obs_space), chunk_dim, args.hidden_dim, args.flow_steps)
+    dropout = args.dropout or 0
+    policy = FlowPolicy(Encoder(obs_space), chunk_dim, args.hidden_dim, args.flow_steps, dropout)
     critic = CriticEnsemble(Encoder(obs_space), chunk_dim, args.num_critics, args.hidden_dim)
     return policy, critic
 
@@ -427,9 +430,12 @@ def train(args: Args, make_networks=make_networks):
     env.set_chunk(torch.zeros(env.action_dim))  # what fails, fails before the cloning
     env.step()
     env.close()
-    gamma = float(np.clip(1 - 2 / env.limit, 0.5, 0.99))  # 0.96 for 50 steps, 0.99 from 200 on
+    gamma = float(np.clip(1 - 2 / env.limit, 0.5, 0.98))  # 0.96 for 50 steps, 0.98 from 100 on
     args = replace(args, gamma=args.gamma or gamma)
     demos = load_demonstrations(args, env)
+    num_rows = sum(len(demo.obs) for demo in demos)
+    if args.dropout is None:  # against overfitting; with more data it costs success
+        args = replace(args, dropout=0.1 if num_rows < 3000 else 0.0)
     torch.manual_seed(args.seed)
     if args.policy and not args.resume:
         _, policy, critic = load_policy(args.policy, args, make_networks)
@@ -444,7 +450,6 @@ def train(args: Args, make_networks=make_networks):
     actor_optimizer = torch.optim.Adam(policy.parameters(), args.ppo_learning_rate, fused=True)
     q_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     buffer = ReplayBuffer(args, env, args.buffer_size, device)
-    num_rows = sum(len(demo.obs) for demo in demos)
     demo_buffer = ReplayBuffer(args, env, num_rows, device)
     for demo in demos:
         demo_buffer.add(demo)

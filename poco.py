@@ -63,6 +63,7 @@ class Args:
     num_critics: int = 2  # M, members of the critic ensemble
     # offline phase
     bc_steps: int = 10_000  # gradient steps of behaviour cloning
+    dropout: float | None = None  # in cloning (default: 0.1 below 3000 observations, then 0)
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
     critic_warmup: int = 1_000  # updates of the critics alone, after cloning
@@ -70,12 +71,12 @@ class Args:
     total_timesteps: int = 15_000  # online environment steps
     buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
-    gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.99)
+    gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.98)
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics, in training
     policy_start: int = 6_000  # steps in which the critics learn alone
     # POCO
-    td_steps: int | None = None  # n, TD steps, at least T (default: 0.1 / (1 - gamma), at most 10)
+    td_steps: int | None = None  # n, TD steps, at least T (default: time limit / 20, at most 10)
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # S, states of a batch that get an E-step
     effective_samples: float = 0.3  # share of N that the weights keep; smaller is sharper
@@ -91,7 +92,7 @@ class Args:
     capture_video: bool = False  # record episodes 0, 1, 8, 27, ... of evaluations as MP4
 
 
-MAY_BE_ZERO = {"seed", "critic_warmup", "utd_ratio", "policy_start", "posterior_coef"}
+MAY_BE_ZERO = {"seed", "dropout", "critic_warmup", "utd_ratio", "policy_start", "posterior_coef"}
 AT_LEAST_2 = {"batch_size", "num_candidates"}
 AT_MOST_1 = {"gamma", "tau", "effective_samples"}
 
@@ -143,16 +144,16 @@ def spatial_softmax(maps: Tensor) -> Tensor:
 class FlowPolicy(nn.Module):
     """Flow matching over action chunks, along straight lines from noise (t = 0) to chunk (t = 1).
     `encode` turns observations into features (B, F), once per state; the rest works on features."""
-    def __init__(self, encode: nn.Module, chunk_dim: int, hidden_dim=256, flow_steps=5):
+    def __init__(self, encode: nn.Module, chunk_dim: int, hidden_dim=256, flow_steps=5, dropout=0):
         super().__init__()
         self.chunk_dim = chunk_dim
         self.flow_steps = flow_steps
         self.encode = encode
         layers = []
         for in_dim in (encode.feature_dim + chunk_dim + 1, hidden_dim, hidden_dim):
-            layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Dropout(0.1)]
+            layers += [nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Dropout(dropout)]
         self.net = nn.Sequential(*layers, nn.Linear(hidden_dim, chunk_dim))
-        self.eval()  # dropout is for cloning alone, which overfits few demonstrations
+        self.eval()  # dropout is for cloning alone
 
     def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The flow's velocity v(x, t, s). Args: x (B, D), t (B, 1) in [0, 1]. Returns: (B, D)."""
@@ -213,7 +214,8 @@ def make_networks(args: Args, obs_space: gym.Space, action_dim: int):
     """Returns: policy and critics. The updates use a policy's encode, bc_loss and sample, in OGPO
     also velocity, flow_steps and chunk_dim, and critics' encode, forward and reward_scale."""
     chunk_dim = args.chunk_size * action_dim
-    policy = FlowPolicy(Encoder(obs_space), chunk_dim, args.hidden_dim, args.flow_steps)
+    dropout = args.dropout or 0
+    policy = FlowPolicy(Encoder(obs_space), chunk_dim, args.hidden_dim, args.flow_steps, dropout)
     critic = CriticEnsemble(Encoder(obs_space), chunk_dim, args.num_critics, args.hidden_dim)
     return policy, critic
 
@@ -347,12 +349,15 @@ def train(args: Args, make_networks=make_networks):
     env.set_chunk(torch.zeros(env.action_dim))  # what fails, fails before the cloning
     env.step()
     env.close()
-    gamma = float(np.clip(1 - 2 / env.limit, 0.5, 0.99))  # 0.96 for 50 steps, 0.99 from 200 on
+    gamma = float(np.clip(1 - 2 / env.limit, 0.5, 0.98))  # 0.96 for 50 steps, 0.98 from 100 on
     args = replace(args, gamma=args.gamma or gamma)
     # Q of the policy's own chunks is too high, and every bootstrap adds that to the target
-    td_steps = args.td_steps or round(0.1 / max(1 - args.gamma, 0.01))
+    td_steps = args.td_steps or min(env.limit // 20, 10)
     args = replace(args, td_steps=max(td_steps, args.chunk_size))
     demos = load_demonstrations(args, env)
+    num_rows = sum(len(demo.obs) for demo in demos)
+    if args.dropout is None:  # against overfitting; with more data it costs success
+        args = replace(args, dropout=0.1 if num_rows < 3000 else 0.0)
     torch.manual_seed(args.seed)
     if args.policy and not args.resume:
         _, policy, critic = load_policy(args.policy, args, make_networks)
@@ -363,7 +368,6 @@ def train(args: Args, make_networks=make_networks):
     target_critic = copy.deepcopy(critic)
     actor_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     q_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
-    num_rows = sum(len(demo.obs) for demo in demos)
     buffer = ReplayBuffer(args, env, num_rows + args.buffer_size, device, args.td_steps)
     for demo in demos:
         buffer.add(demo._replace(success=1.0))  # all are worth cloning
