@@ -6,7 +6,7 @@
 
 The method ends with `train`. The machinery follows, first `Batch`, which the updates take.
 Shapes: B batch, O observation, F features, A action, T chunk_size, D = T * A, K flow_steps,
-n steps of a TD target, here T, G chains of a group, M critics, S states with a group.
+n td_steps, G chains of a group, M critics, S states with a group.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class Args:
     buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.98)
+    td_steps: int | None = None  # n, TD steps, at least T (default: time limit / 20, at most 10)
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics, in training
     policy_start: int = 6_000  # steps in which the critics learn alone
@@ -431,7 +432,9 @@ def train(args: Args, make_networks=make_networks):
     env.step()
     env.close()
     gamma = float(np.clip(1 - 2 / env.limit, 0.5, 0.98))  # 0.96 for 50 steps, 0.98 from 100 on
-    args = replace(args, gamma=args.gamma or gamma)
+    # Q of the policy's own chunks is too high, and every bootstrap adds that to the target
+    td_steps = max(min(env.limit // 20, 10), args.chunk_size)
+    args = replace(args, gamma=args.gamma or gamma, td_steps=args.td_steps or td_steps)
     demos = load_demonstrations(args, env)
     num_rows = sum(len(demo.obs) for demo in demos)
     if args.dropout is None:  # against overfitting; with more data it costs success
@@ -644,10 +647,10 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """A ring of rows, one for each observation, with the dtype of its layout. The next observation
     is the next row's; the one at an episode's end has a row to itself, where no window starts."""
-    def __init__(self, args, env, capacity, device="cpu", td_steps=None):
+    def __init__(self, args, env, capacity, device="cpu"):
         self.capacity = capacity
         self.chunk_size = args.chunk_size
-        self.td_steps = td_steps or args.chunk_size
+        self.td_steps = max(args.td_steps or 1, args.chunk_size)
         self.gamma = args.gamma
         self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, terminates, kept, steps left
         self.layout = env.layout

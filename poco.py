@@ -72,11 +72,11 @@ class Args:
     buffer_size: int = 1_000_000  # observations in the replay buffer, demonstrations not counted
     utd_ratio: float = 0.25  # gradient updates per step
     gamma: float | None = None  # discount per step (default: 1 - 2 / time limit, at most 0.98)
+    td_steps: int | None = None  # n, TD steps, at least T (default: time limit / 20, at most 10)
     tau: float = 0.05  # Polyak rate of the target critics
     best_of_n: int = 4  # act with the best of n candidates by the target critics, in training
     policy_start: int = 6_000  # steps in which the critics learn alone
     # POCO
-    td_steps: int | None = None  # n, TD steps, at least T (default: time limit / 20, at most 10)
     num_candidates: int = 16  # N, chunks per state in the E-step
     posterior_batch_size: int = 32  # S, states of a batch that get an E-step
     effective_samples: float = 0.3  # share of N that the weights keep; smaller is sharper
@@ -350,10 +350,9 @@ def train(args: Args, make_networks=make_networks):
     env.step()
     env.close()
     gamma = float(np.clip(1 - 2 / env.limit, 0.5, 0.98))  # 0.96 for 50 steps, 0.98 from 100 on
-    args = replace(args, gamma=args.gamma or gamma)
     # Q of the policy's own chunks is too high, and every bootstrap adds that to the target
-    td_steps = args.td_steps or min(env.limit // 20, 10)
-    args = replace(args, td_steps=max(td_steps, args.chunk_size))
+    td_steps = max(min(env.limit // 20, 10), args.chunk_size)
+    args = replace(args, gamma=args.gamma or gamma, td_steps=args.td_steps or td_steps)
     demos = load_demonstrations(args, env)
     num_rows = sum(len(demo.obs) for demo in demos)
     if args.dropout is None:  # against overfitting; with more data it costs success
@@ -368,7 +367,7 @@ def train(args: Args, make_networks=make_networks):
     target_critic = copy.deepcopy(critic)
     actor_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     q_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
-    buffer = ReplayBuffer(args, env, num_rows + args.buffer_size, device, args.td_steps)
+    buffer = ReplayBuffer(args, env, num_rows + args.buffer_size, device)
     for demo in demos:
         buffer.add(demo._replace(success=1.0))  # all are worth cloning
 
@@ -549,10 +548,10 @@ class Batch(NamedTuple):
 class ReplayBuffer:
     """A ring of rows, one for each observation, with the dtype of its layout. The next observation
     is the next row's; the one at an episode's end has a row to itself, where no window starts."""
-    def __init__(self, args, env, capacity, device="cpu", td_steps=None):
+    def __init__(self, args, env, capacity, device="cpu"):
         self.capacity = capacity
         self.chunk_size = args.chunk_size
-        self.td_steps = td_steps or args.chunk_size
+        self.td_steps = max(args.td_steps or 1, args.chunk_size)
         self.gamma = args.gamma
         self.widths = [env.action_dim, 1, 1, 1, 1]  # action, reward, terminates, kept, steps left
         self.layout = env.layout
