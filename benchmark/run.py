@@ -42,9 +42,11 @@ TASKS = {  # what to type for them, paths absolute; benchmark/README.md says how
     "peg-insert-side": f"{METAWORLD}:peg-insert-side-v0 {DATA}/peg-insert-side.npz",
     "assembly": f"{METAWORLD}:assembly-v0 {DATA}/assembly.npz",
     "three-tasks": f"{METAWORLD}:three-tasks-v0 {DATA}/three-tasks.npz",
-    "cube-double": f"--env-id ogbench:cube-double-singletask-task2-v0 {DATA}/cube-double.npz",
+    "cube-double": f"--env-id ogbench:cube-double-singletask-task2-v0 {DATA}/cube-double.npz"
+    " --eval-episodes 50",
     "scene": "--env-id ogbench:scene-singletask-task1-v0"
-    " --dataset ogbench:scene-play-singletask-task1-v0",
+    " --dataset ogbench:scene-play-singletask-task1-v0"
+    " --critic-warmup 20000 --best-of-n 8 --eval-episodes 50",  # Q finds the task in the play
     "lift": f"{ROBOSUITE}:Lift-v0 {DATA}/lift.npz --eval-episodes 50",
     "can": f"{ROBOSUITE}:Can-v0 {DATA}/can.npz --eval-episodes 50",
     "can-few": f"{ROBOSUITE}:Can-v0 {DATA}/can.npz --num-demos 10 --eval-episodes 50",
@@ -54,8 +56,9 @@ TASKS = {  # what to type for them, paths absolute; benchmark/README.md says how
     " --num-demos 10",
     "reach-vectors": f"{CAMERA}:FetchReachVectors-v0 {DATA}/reach-vectors.npz {REACH}"
     " --num-demos 15",
-    "reach-from-nothing": "--env-id FetchReach-v4 --dataset none",
-    "drawer-open-from-nothing": f"{METAWORLD}:drawer-open-dense-v0 --dataset none",
+    "reach-from-nothing": "--env-id FetchReach-v4 --dataset none --eval-episodes 50",
+    "drawer-open-from-nothing": f"{METAWORLD}:drawer-open-dense-v0 --dataset none"
+    " --eval-episodes 50",
 }
 METHODS = {  # what follows python
     "clone": "poco.py --critic-warmup 0 --total-timesteps 1 --eval-episodes 1",
