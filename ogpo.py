@@ -100,7 +100,7 @@ class Args:
 MAY_BE_ZERO = {"seed", "dropout", "critic_warmup", "utd_ratio", "policy_start",
                "success_coef", "chi2_coef"}
 AT_LEAST_2 = {"batch_size", "group_size"}
-AT_MOST_1 = {"gamma", "tau", "policy_tau"}
+AT_MOST_1 = {"dropout", "gamma", "tau", "policy_tau"}
 
 
 # Networks

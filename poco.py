@@ -94,7 +94,7 @@ class Args:
 
 MAY_BE_ZERO = {"seed", "dropout", "critic_warmup", "utd_ratio", "policy_start", "posterior_coef"}
 AT_LEAST_2 = {"batch_size", "num_candidates"}
-AT_MOST_1 = {"gamma", "tau", "effective_samples"}
+AT_MOST_1 = {"dropout", "gamma", "tau", "effective_samples"}
 
 
 # Networks

@@ -1066,7 +1066,7 @@ BAD_INPUT = {
     "--success-at start": "any", "--buffer-size 100": "--batch-size",
 }  # fmt: skip
 WRONG = ["--effective-samples 2", f"--buffer-size {10**22}", "--tau 1.5", "--eval-interval 0", "--num-envs 0"]
-WRONG += ["--num-candidates 1", "--temperature nan", "--temperature 0", "--gamma 1.5", "--num-demos 0"]
+WRONG += ["--num-candidates 1", "--temperature nan", "--temperature 0", "--dropout 1.5", "--num-demos 0"]
 WRONG += ["--batch-size 0", "--clip-threshold 0", "ogpo --policy-tau 2", "ogpo --success-coef -1"]
 WRONG += ["ogpo --group-size 1", "ogpo --sigma 0", "--td-steps 0"]
 BAD_INPUT |= {typed: typed.split()[-2] for typed in WRONG}
