@@ -220,7 +220,7 @@ def make_networks(args: Args, obs_space: gym.Space, action_dim: int):
     """Returns: policy and critics. The updates use a policy's encode, bc_loss and sample, in OGPO
     also velocity, flow_steps and chunk_dim, and critics' encode, forward and reward_scale."""
     chunk_dim = args.chunk_size * action_dim
-    dropout = args.dropout or 0
+    dropout = args.dropout or 0  # older policy files have None
     policy = FlowPolicy(Encoder(obs_space), chunk_dim, args.hidden_dim, args.flow_steps, dropout)
     critic = CriticEnsemble(Encoder(obs_space), chunk_dim, args.num_critics, args.hidden_dim)
     return policy, critic
@@ -326,13 +326,14 @@ def ppo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip_eps
 def update_critic(policy, critic, target_critic, optimizer, batch: Batch, args: Args) -> dict:
     """One TD step on chunks, then a Polyak step of the targets. Returns: metrics."""
     device = batch.obs.device
-    n = args.next_samples
+    num_samples = args.next_samples
     with torch.no_grad(), mixed_precision(args, device):
-        features = policy.encode(batch.next_obs).repeat_interleave(n, dim=0)
-        next_chunk = policy.sample(features)  # (B * n, D)
-        critic_features = target_critic.encode(batch.next_obs).repeat_interleave(n, dim=0)
-        next_q = target_critic(critic_features, next_chunk).mean(0)  # (B * n,), the critics' mean
-        next_q = next_q.view(-1, n).mean(1)  # (B,), Q-variance reduction
+        features = policy.encode(batch.next_obs).repeat_interleave(num_samples, dim=0)
+        next_chunk = policy.sample(features)  # (B * num_samples, D)
+        critic_features = target_critic.encode(batch.next_obs)
+        critic_features = critic_features.repeat_interleave(num_samples, dim=0)
+        next_q = target_critic(critic_features, next_chunk).mean(0)  # the critics' mean
+        next_q = next_q.view(-1, num_samples).mean(1)  # (B,), Q-variance reduction
         reward = critic.reward_scale * batch.reward
         target = td_target(reward, next_q, batch.terminated, batch.discount)
 
