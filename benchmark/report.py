@@ -228,8 +228,8 @@ def new_figure(rows, columns, height):
 def draw(results, path):
     """An axis for each task, the clones at its left edge."""
     tasks = front_page(results)
-    columns = min(len(tasks), 3)
-    figure, axes = new_figure(math.ceil(len(tasks) / columns), columns, height=2.8)
+    columns = min(len(tasks), 4)
+    figure, axes = new_figure(math.ceil(len(tasks) / columns), columns, height=2.2)
     for axis, task in zip(axes.flat, tasks, strict=False):
         for index, method in enumerate(MAIN):
             if method not in results[task]:
@@ -239,11 +239,12 @@ def draw(results, path):
             x = runs[0, :, STEP] / 1000
             axis.plot(x, mean, color=f"C{index}", label=method)
             axis.fill_between(x, low, high, color=f"C{index}", alpha=0.15, linewidth=0)
-        axis.set(title=task, ylim=(0, 102))
+        axis.set_title(task, fontsize="medium")
+        axis.set(ylim=(0, 102))
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(tasks) :]:
         axis.set_axis_off()
-    axes[0, 0].legend(loc="lower right")
+    axes[0, 0].legend(loc="lower right", fontsize="small")
     figure.supxlabel("online environment steps / 1000", fontsize="medium")
     figure.supylabel("success in per cent", fontsize="medium")
     figure.savefig(path, metadata={"Date": None})
