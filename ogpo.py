@@ -84,12 +84,11 @@ class Args:
     ppo_learning_rate: float = 2e-4  # step size of Adam for the policy online
     policy_tau: float = 0.1  # Polyak rate of the old policy, from which the chains come
     conservative: bool = True  # OGPO+CA: an advantage counts where all critics agree on its sign
-    success_coef: float = 1.0  # OGPO+: weight of L_BC on own successes; 0: off
+    success_coef: float = 1.0  # OGPO+: weight of L_BC on own successes; 0: no success buffer
     chi2_coef: float = 0.0  # weight of the ratio to the slow policy; 0: none of this
     chi2_sharpness: float = 5.0  # how fast the minimum of Q takes over as that ratio passes 1
     chi2_tau: float = 5e-4  # Polyak rate of the slow policy
     next_samples: int = 1  # chunks per next state, over which the TD target averages Q
-    critic_updates: int = 2  # of the critics for one of the policy
     # evaluation
     eval_interval: int = 5_000  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
@@ -386,7 +385,7 @@ def update_policy(
     advantage = group_advantage(q, args.conservative)
     advantage = advantage / spread.clamp(min=1e-12)
     loss, metrics = ppo_loss(log_prob, old_log_prob, advantage.flatten(), args.clip_epsilon)
-    if args.success_coef > 0 and successes is not None:
+    if successes is not None:
         with mixed_precision(args, device):
             features = policy.encode(successes.obs)
             bc_loss = policy.bc_loss(features, successes.chunk, successes.valid).mean()
@@ -456,7 +455,6 @@ def train(args: Args, make_networks=make_networks):
     actors = (policy, old_policy, slow_policy)
     actor_optimizer = torch.optim.Adam(policy.parameters(), args.ppo_learning_rate, fused=True)
     q_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
-    critics = (critic, target_critic, q_optimizer)
     buffer = ReplayBuffer(args, env, args.buffer_size, device)
     demo_buffer = ReplayBuffer(args, env, num_rows, device)
     for demo in demos:
@@ -488,7 +486,8 @@ def train(args: Args, make_networks=make_networks):
         fit_reward_scale(critic, target_critic, demo_buffer)
         for _ in tqdm(range(args.critic_warmup), "critics"):
             batch = demo_buffer.sample(args.batch_size)
-            run.record(update_critic(policy, *critics, batch, args))
+            metrics = update_critic(policy, critic, target_critic, q_optimizer, batch, args)
+            run.record(metrics)
     if not args.resume:
         run.save(step)
     run.open(step)
@@ -522,13 +521,14 @@ def train(args: Args, make_networks=make_networks):
                 fit_reward_scale(critic, target_critic, buffer)  # once there is a reward
                 updates_before = int((step - 1) * args.utd_ratio)
                 for _ in range(updates_before, int(step * args.utd_ratio)):
-                    for _ in range(args.critic_updates):
-                        batch = buffer.sample(args.batch_size)
-                        run.record(update_critic(policy, *critics, batch, args))
+                    batch = buffer.sample(args.batch_size)
+                    metrics = update_critic(policy, critic, target_critic, q_optimizer, batch, args)
+                    run.record(metrics)
+                    successes = None
+                    if args.success_coef > 0 and len(success_buffer) >= args.batch_size:
+                        successes = success_buffer.sample(args.batch_size)  # rare in the buffer
+                        update_critic(policy, critic, target_critic, q_optimizer, successes, args)
                     if step > args.policy_start:
-                        successes = None
-                        if len(success_buffer) >= args.batch_size:
-                            successes = success_buffer.sample(args.batch_size)
                         metrics = update_policy(
                             *actors, target_critic, actor_optimizer, batch, successes, args
                         )

@@ -80,17 +80,15 @@ class Learner:
         self.batch = random_batch(args, device, obs_space)
         self.actors = (policy,)
         self.batches = [self.batch]
-        self.critic_updates = 1
         if self.script is ogpo:
-            self.critic_updates = args.critic_updates
             self.actors = (policy, copy.deepcopy(policy), copy.deepcopy(policy))
             self.batches = [self.batch, self.batch]  # the second as its successes
 
     def update(self):
-        """Of the critics, as often as the script does, then of the policy. Returns: metrics."""
+        """Of the critics, by each batch, then of the policy. Returns: metrics."""
         networks = (self.policy, self.critic, self.target_critic)
-        for _ in range(self.critic_updates):
-            metrics = self.script.update_critic(*networks, self.q_optimizer, self.batch, self.args)
+        for batch in self.batches:
+            metrics = self.script.update_critic(*networks, self.q_optimizer, batch, self.args)
         parts = (*self.actors, self.target_critic, self.actor_optimizer)
         return metrics | self.script.update_policy(*parts, *self.batches, self.args)
 
