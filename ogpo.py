@@ -62,7 +62,7 @@ class Args:
     flow_steps: int = 5  # K, Euler steps from noise to chunk
     num_critics: int = 2  # M, members of the critic ensemble
     # offline phase
-    bc_steps: int | None = None  # of cloning (default: 2 an observation, 10 000 to 20 000)
+    bc_steps: int | None = None  # of cloning (default: 1 an observation, 10 000 to 20 000)
     dropout: float | None = None  # in cloning (default: 0.1 below 3000 observations, then 0)
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
@@ -438,7 +438,7 @@ def train(args: Args, make_networks=make_networks):
     args = replace(args, gamma=args.gamma or gamma, td_steps=args.td_steps or td_steps)
     demos = load_demonstrations(args, env)
     num_rows = sum(len(demo.obs) for demo in demos)
-    bc_steps = int(np.clip(2 * num_rows, 10_000, 20_000))
+    bc_steps = int(np.clip(num_rows, 10_000, 20_000))
     args = replace(args, bc_steps=args.bc_steps or bc_steps)
     if args.dropout is None:  # against overfitting; with more data it costs success
         args = replace(args, dropout=0.1 if num_rows < 3000 else 0.0)

@@ -943,7 +943,7 @@ def test_demonstrations_stay_in_the_buffer_and_none_are_in_ogpo_s(script, monkey
 
 
 @both_scripts
-@pytest.mark.parametrize("n, bc_steps", [(142, 10_000), (143, 10_000), (300, 12_600), (500, 20_000)])
+@pytest.mark.parametrize("n, bc_steps", [(142, 10_000), (143, 10_000), (600, 12_600), (1000, 20_000)])
 def test_cloning_follows_the_number_of_observations(script, n, bc_steps):
     networks = mock.Mock(side_effect=KeyboardInterrupt)  # gets the arguments, and stops the run
     with pytest.raises(KeyboardInterrupt):
