@@ -84,7 +84,7 @@ class Args:
     ppo_learning_rate: float = 2e-4  # step size of Adam for the policy online
     policy_tau: float = 0.1  # Polyak rate of the old policy, from which the chains come
     conservative: bool = True  # OGPO+CA: an advantage counts where all critics agree on its sign
-    success_coef: float = 1.0  # OGPO+: weight of L_BC on own successes; 0: no success buffer
+    success_coef: float = 1.0  # OGPO+: weight of L_BC on the successes online; 0: off
     chi2_coef: float = 0.0  # weight of the ratio to the slow policy; 0: none of this
     chi2_sharpness: float = 5.0  # how fast the minimum of Q takes over as that ratio passes 1
     chi2_tau: float = 5e-4  # Polyak rate of the slow policy
@@ -385,7 +385,7 @@ def update_policy(
     advantage = group_advantage(q, args.conservative)
     advantage = advantage / spread.clamp(min=1e-12)
     loss, metrics = ppo_loss(log_prob, old_log_prob, advantage.flatten(), args.clip_epsilon)
-    if successes is not None:
+    if args.success_coef > 0 and successes is not None:
         with mixed_precision(args, device):
             features = policy.encode(successes.obs)
             bc_loss = policy.bc_loss(features, successes.chunk, successes.valid).mean()
@@ -524,11 +524,10 @@ def train(args: Args, make_networks=make_networks):
                     batch = buffer.sample(args.batch_size)
                     metrics = update_critic(policy, critic, target_critic, q_optimizer, batch, args)
                     run.record(metrics)
-                    successes = None
-                    if args.success_coef > 0 and len(success_buffer) >= args.batch_size:
-                        successes = success_buffer.sample(args.batch_size)  # rare in the buffer
-                        update_critic(policy, critic, target_critic, q_optimizer, successes, args)
                     if step > args.policy_start:
+                        successes = None
+                        if len(success_buffer) >= args.batch_size:
+                            successes = success_buffer.sample(args.batch_size)
                         metrics = update_policy(
                             *actors, target_critic, actor_optimizer, batch, successes, args
                         )

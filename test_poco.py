@@ -48,7 +48,7 @@ def prepared(tmp_path, monkeypatch):
 OWN = {"METHOD", "Args", "MAY_BE_ZERO", "AT_LEAST_2", "AT_MOST_1", "update_critic", "update_policy"}
 OWN |= {"train", "posterior_weights", "adaptive_temperature", "poco_loss", "chain_step"}
 OWN |= {"sample_chain", "chain_log_prob", "group_advantage", "chi2_penalised_q", "ppo_loss"}
-LIMITS = {poco: (1099, 443), ogpo: (1200, 544)}  # lines, last line of train
+LIMITS = {poco: (1099, 443), ogpo: (1199, 543)}  # lines, last line of train
 
 
 def test_what_both_scripts_share_is_identical_to_the_letter():
@@ -933,13 +933,11 @@ def test_demonstrations_stay_in_the_buffer_and_none_are_in_ogpo_s(script, monkey
     update = mock.Mock(return_value={})
     monkeypatch.setattr(script, "load_demonstrations", lambda args, env: [demo] * 10)
     monkeypatch.setattr(script, "update_critic", update)
-    small_run(script, dataset="demos", bc_steps=1, batch_size=28)
+    small_run(script, dataset="demos", bc_steps=1)
     shares = [(call.args[4].obs[:, 1] == 0.5).float().mean().item() for call in update.call_args_list]
     assert set(shares[:60]) == {1.0}  # offline
     expected = 40 / 330 if script is poco else 0.0  # 300 steps, some of them in an unfinished episode
     assert np.mean(shares[-20:]) == pytest.approx(expected, abs=expected / 3)
-    own = sum(bool(call.args[4].kept.all()) for call in update.call_args_list[-20:])
-    assert own == (10 if script is ogpo else 0)  # own successes get a TD step of their own
 
 
 @both_scripts

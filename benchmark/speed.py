@@ -85,10 +85,9 @@ class Learner:
             self.batches = [self.batch, self.batch]  # the second as its successes
 
     def update(self):
-        """Of the critics, by each batch, then of the policy. Returns: metrics."""
+        """One of the critics, then one of the policy. Returns: metrics."""
         networks = (self.policy, self.critic, self.target_critic)
-        for batch in self.batches:
-            metrics = self.script.update_critic(*networks, self.q_optimizer, batch, self.args)
+        metrics = self.script.update_critic(*networks, self.q_optimizer, self.batch, self.args)
         parts = (*self.actors, self.target_critic, self.actor_optimizer)
         return metrics | self.script.update_policy(*parts, *self.batches, self.args)
 
