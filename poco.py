@@ -62,7 +62,7 @@ class Args:
     flow_steps: int = 5  # K, Euler steps from noise to chunk
     num_critics: int = 2  # M, members of the critic ensemble
     # offline phase
-    bc_steps: int | None = None  # of cloning (default: 1 an observation, 10 000 to 20 000)
+    bc_steps: int | None = None  # steps of cloning (default: 1 an observation, 10 000 to 20 000)
     dropout: float | None = None  # in cloning (default: 0.1 below 3000 observations, then 0)
     batch_size: int = 256  # chunks in a batch, offline and online
     learning_rate: float = 1e-3  # step size of Adam, for cloning, critics and POCO's policy
