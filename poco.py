@@ -375,8 +375,8 @@ def train(args: Args, make_networks=make_networks):
     for demo in demos:
         buffer.add(demo._replace(success=1.0))  # all are worth cloning
 
-    networks = {"policy": average_policy, "critic": critic, "target_critic": target_critic}
-    networks |= {"trained_policy": policy}  # the average is saved as policy.pt
+    networks = {"policy": average_policy, "trained_policy": policy}  # the first is policy.pt's
+    networks |= {"critic": critic, "target_critic": target_critic}
     optimizers = {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
     run = Run(args, networks | optimizers | {"buffer": buffer})
     step = 0
