@@ -1052,8 +1052,8 @@ class Run:
         method = content["method"]
         require(method == METHOD, f"resume this run with python {method}.py --resume {self.folder}")
         with explained(f"{self.folder} does not fit these arguments"):
-            for name, part in self.learner.items():
-                state = content["learner"][name]
+            for name, state in content["learner"].items():
+                part = self.learner[name]
                 if "optimizer" in name:
                     state["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state)

@@ -84,7 +84,6 @@ class Args:
     posterior_coef: float = 1.0  # beta, weight of the posterior term
     clip_threshold: float | None = None  # zeta, of candidates' L_BC (default: batch's 0.9 quantile)
     anchor: Literal["kept", "all"] = "kept"  # M-step clones all but own failures, or all
-    average_tau: float = 0.003  # Polyak rate of the average policy, which is evaluated and saved
     # evaluation
     eval_interval: int = 5_000  # steps between evaluations; an episode is cut off there
     eval_episodes: int = 100  # episodes of an evaluation
@@ -95,7 +94,7 @@ class Args:
 
 MAY_BE_ZERO = {"seed", "dropout", "critic_warmup", "utd_ratio", "policy_start", "posterior_coef"}
 AT_LEAST_2 = {"batch_size", "num_candidates"}
-AT_MOST_1 = {"dropout", "gamma", "tau", "average_tau", "effective_samples"}
+AT_MOST_1 = {"dropout", "gamma", "tau", "effective_samples"}
 
 
 # Networks
@@ -368,15 +367,13 @@ def train(args: Args, make_networks=make_networks):
     policy.to(device)
     critic.to(device)
     target_critic = copy.deepcopy(critic)
-    average_policy = copy.deepcopy(policy)
     actor_optimizer = torch.optim.Adam(policy.parameters(), args.learning_rate, fused=True)
     q_optimizer = torch.optim.Adam(critic.parameters(), args.learning_rate, fused=True)
     buffer = ReplayBuffer(args, env, num_rows + args.buffer_size, device)
     for demo in demos:
         buffer.add(demo._replace(success=1.0))  # all are worth cloning
 
-    networks = {"policy": average_policy, "trained_policy": policy}  # the first is policy.pt's
-    networks |= {"critic": critic, "target_critic": target_critic}
+    networks = {"policy": policy, "critic": critic, "target_critic": target_critic}
     optimizers = {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
     run = Run(args, networks | optimizers | {"buffer": buffer})
     step = 0
@@ -398,12 +395,11 @@ def train(args: Args, make_networks=make_networks):
             batch = buffer.sample(args.batch_size)
             metrics = update_critic(policy, critic, target_critic, q_optimizer, batch, args)
             run.record(metrics)
-        average_policy.load_state_dict(policy.state_dict())
     if not args.resume:
         run.save(step)
     run.open(step)
     if not run.rows:  # not yet evaluated
-        metrics = evaluate(average_policy, target_critic, args, run.folder, "step 0")
+        metrics = evaluate(policy, target_critic, args, run.folder, "step 0")
         run.write_row(step, metrics)
 
     # online: act, store, learn; then evaluate
@@ -436,14 +432,13 @@ def train(args: Args, make_networks=make_networks):
                     if step > args.policy_start:
                         metrics = update_policy(policy, target_critic, actor_optimizer, batch, args)
                         run.record(metrics)
-                        move_towards(average_policy, policy, args.average_tau)
             if step % args.log_interval == 0 and step < stop:
                 run.write_row(step, {})
 
         # the unfinished episode is kept as far as it got; a resumed run also begins a new one
         for episode in env.close():
             buffer.add(episode)
-        metrics = evaluate(average_policy, target_critic, args, run.folder, f"step {step}")
+        metrics = evaluate(policy, target_critic, args, run.folder, f"step {step}")
         run.write_row(step, metrics)
         run.save(step)
 
@@ -957,8 +952,8 @@ class Run:
         method = content["method"]
         require(method == METHOD, f"resume this run with python {method}.py --resume {self.folder}")
         with explained(f"{self.folder} does not fit these arguments"):
-            for name, part in self.learner.items():
-                state = content["learner"][name]
+            for name, state in content["learner"].items():
+                part = self.learner[name]
                 if "optimizer" in name:
                     state["param_groups"] = part.state_dict()["param_groups"]
                 part.load_state_dict(state)

@@ -24,7 +24,6 @@ from poco import update_critic as td_step
 class Args(poco.Args):
     best_of_n: int = 1  # act with the best of n candidates by the target critics
     policy_start: int = 0  # steps before the policy learns
-    average_tau: float = 1.0  # evaluates the policy itself, no average
     alpha: float = 10.0  # weight of the distance to the flow's end
 
 
@@ -127,6 +126,5 @@ if __name__ == "__main__":
     poco.update_policy = update_policy
     if any(word.startswith("--policy") for word in sys.argv):  # not what the clone's file has
         own = ["--best-of-n", str(Args.best_of_n), "--policy-start", str(Args.policy_start)]
-        own += ["--average-tau", str(Args.average_tau)]
         sys.argv[1:1] = own  # what is typed comes later and counts
     poco.main(make_networks)

@@ -25,7 +25,6 @@ class Args(poco.Args):
     eval_best_of_n: int = 32  # the same for evaluations
     td_steps: int | None = 1  # at least T, so T, as in the paper
     policy_start: int = 0  # steps before the policy learns
-    average_tau: float = 1.0  # evaluates the policy itself, no average
 
 
 @dataclass
@@ -69,7 +68,6 @@ if __name__ == "__main__":
     poco.update_policy = update_policy
     if any(word.startswith("--policy") for word in sys.argv):  # not what the clone's file has
         own = ["--best-of-n", str(Args.best_of_n), "--policy-start", str(Args.policy_start)]
-        own += ["--average-tau", str(Args.average_tau)]
         own += ["--td-steps", str(Args.td_steps), "--eval-best-of-n", str(Args.eval_best_of_n)]
         sys.argv[1:1] = own  # what is typed comes later and counts
     poco.main()
