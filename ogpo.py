@@ -414,13 +414,13 @@ def update_clone(policy, optimizer, batch: Batch) -> dict:
 
 @torch.no_grad()
 def choose_chunk(policy, critic, obs: np.ndarray, best_of_n: int) -> Tensor:
-    """Samples n chunks for an observation (O,) and takes the critics' best. Returns: (D,)."""
+    """Samples n chunks for an observation (O,), takes the best by its lowest Q. Returns: (D,)."""
     device = next(policy.parameters()).device
     obs = torch.as_tensor(obs[None], device=device)
     features = policy.encode(obs).expand(best_of_n, -1)
     chunks = policy.sample(features)  # (n, D)
     critic_features = critic.encode(obs).expand(best_of_n, -1)
-    q = critic(critic_features, chunks).mean(0)
+    q = critic(critic_features, chunks).amin(0)
     return chunks[q.argmax()]
 
 
