@@ -214,7 +214,7 @@ def make_networks(args: Args, obs_space: gym.Space, action_dim: int):
     """Returns: policy and critics. The updates use a policy's encode, bc_loss and sample, in OGPO
     also velocity, flow_steps and chunk_dim, and critics' encode, forward and reward_scale."""
     chunk_dim = args.chunk_size * action_dim
-    dropout = args.dropout or 0  # older policy files have None
+    dropout = args.dropout or 0  # None: train has not set it
     policy = FlowPolicy(Encoder(obs_space), chunk_dim, args.hidden_dim, args.flow_steps, dropout)
     critic = CriticEnsemble(Encoder(obs_space), chunk_dim, args.num_critics, args.hidden_dim)
     return policy, critic
