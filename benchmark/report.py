@@ -31,9 +31,9 @@ LEGEND = """
 ## Results
 
 Success in per cent. Clone and at the end: interquartile mean over the seeds, in brackets its 95 %
-interval by bootstrap. Worst: the lowest evaluation of any seed,
-minus its clone's. To 90, 95 %: environment steps and minutes from the clone on, median over the
-seeds, - where half of them or more did not get there. Return: mean sum of an episode's rewards.
+interval by bootstrap. Worst: the lowest evaluation of any seed, minus its clone's. To 90, 95 %:
+environment steps and minutes from the clone on, median over the seeds, - where half of them or more
+did not get there. Return: mean sum of an episode's rewards.
 """
 
 
